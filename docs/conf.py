@@ -1,0 +1,58 @@
+"""Sphinx configuration."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import metadata
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+project = "keras_distill"
+author = "the keras_distill contributors"
+release = metadata.version("keras-distill")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+# `name` in a docstring is code.
+default_role = "code"
+templates_path = ["_templates"]
+autosummary_ignore_module_all = False
+autosummary_imported_members = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+# Docstrings of Keras's own methods belong to Keras's site.
+autodoc_inherit_docstrings = False
+napoleon_custom_sections = [("Call arguments", "params_style")]
+
+html_theme = "pydata_sphinx_theme"
+html_title = "keras_distill"
+html_show_sourcelink = False
+html_theme_options = {"navigation_with_keys": False, "show_toc_level": 2}
+
+
+def _math(app: Any, what: str, name: str, obj: Any, options: Any, lines: list) -> None:
+    """Turns `$$ formula $$` of a docstring into a displayed formula."""
+    text = "\n".join(lines)
+    text = re.sub(
+        r"^( *)\$\$(.+?)\$\$",
+        lambda m: f"{m[1]}.. math::\n\n{m[1]}   " + " ".join(m[2].split()) + "\n",
+        text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    lines[:] = text.split("\n")
+
+
+def setup(app: Any) -> None:
+    """Hooks."""
+    app.connect("autodoc-process-docstring", _math)

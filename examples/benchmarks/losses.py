@@ -1,0 +1,224 @@
+"""Losses against plain transcriptions of their formulas: time and memory.
+
+Value and gradient for the student, inside `tf.function`, both ways in one process and
+in turns; reported is the ratio of the medians. Peak memory is measured in a process
+of its own for each way: by how much the largest resident size grows beyond that of
+the same process after a tiny batch.
+
+    python examples/benchmarks/losses.py --out docs/results/losses.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+
+from keras_distill import losses
+
+Function = Callable[[Any, Any], tf.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A loss, the plain transcription of its formula, and their inputs.
+
+    Attributes:
+        ours: `ours(teacher, student)`, a scalar.
+        plain: The same by the formula, step by step.
+        inputs: `inputs(rng, batch)` returns teacher and student.
+        batch: Size of the batch.
+        smoke: Size of the batch for a quick run.
+        repeats: How often each way is timed.
+    """
+
+    ours: Function
+    plain: Function
+    inputs: Callable[[np.random.Generator, int], tuple[Any, Any]]
+    batch: int = 256
+    smoke: int = 32
+    repeats: int = 30
+
+
+def embeddings(rng: np.random.Generator, batch: int) -> tuple[Any, Any]:
+    teacher, student = rng.normal(size=(2, batch, 512)).astype("float32")
+    return tf.constant(teacher), tf.constant(student)
+
+
+def huber(gap: tf.Tensor) -> tf.Tensor:
+    size = tf.abs(gap)
+    return tf.reduce_mean(tf.where(size < 1, 0.5 * gap**2, size - 0.5))
+
+
+def plain_distance(teacher: tf.Tensor, student: tf.Tensor) -> tf.Tensor:
+    def relative(x: tf.Tensor) -> tf.Tensor:
+        squares = tf.reduce_sum(x**2, 1)
+        products = tf.matmul(x, x, transpose_b=True)
+        distances = squares[:, None] + squares[None] - 2 * products
+        distances = tf.sqrt(tf.maximum(distances, 1e-12))
+        distances = tf.linalg.set_diag(distances, tf.zeros_like(squares))
+        positive = tf.cast(distances > 0, x.dtype)
+        return distances * tf.reduce_sum(positive) / tf.reduce_sum(distances)
+
+    return huber(relative(student) - relative(teacher))
+
+
+def plain_angle(teacher: tf.Tensor, student: tf.Tensor) -> tf.Tensor:
+    def cosines(x: tf.Tensor) -> tf.Tensor:
+        # normalize(): divided by max(norm, 1e-12)
+        unit = tf.math.l2_normalize(x[None] - x[:, None], -1, epsilon=1e-24)
+        return tf.matmul(unit, unit, transpose_b=True)
+
+    return huber(cosines(student) - cosines(teacher))
+
+
+def plain_similarity(teacher: tf.Tensor, student: tf.Tensor) -> tf.Tensor:
+    def similarity(x: tf.Tensor) -> tf.Tensor:
+        products = tf.matmul(x, x, transpose_b=True)
+        return tf.math.l2_normalize(products, 1, epsilon=1e-24)
+
+    gap = similarity(student) - similarity(teacher)
+    return tf.reduce_sum(gap**2) / tf.cast(tf.shape(gap)[0], gap.dtype) ** 2
+
+
+def plain_transfer(teacher: tf.Tensor, student: tf.Tensor) -> tf.Tensor:
+    def neighbours(x: tf.Tensor) -> tf.Tensor:
+        x = x / (tf.sqrt(tf.reduce_sum(x**2, 1, keepdims=True)) + 1e-7)
+        closeness = (tf.matmul(x, x, transpose_b=True) + 1) / 2
+        return closeness / tf.reduce_sum(closeness, 1, keepdims=True)
+
+    p, q = neighbours(teacher), neighbours(student)
+    return tf.reduce_mean(p * tf.math.log((p + 1e-7) / (q + 1e-7)))
+
+
+CASES = {
+    "rkd_angle": Case(
+        losses.RelationalAngle(), plain_angle, embeddings, smoke=16, repeats=7
+    ),
+    "rkd_distance": Case(losses.RelationalDistance(), plain_distance, embeddings),
+    "sp": Case(losses.SimilarityPreserving(), plain_similarity, embeddings),
+    "pkt": Case(losses.ProbabilisticTransfer(), plain_transfer, embeddings),
+}
+
+
+def compiled(function: Function) -> Callable[[Any, Any], tuple[tf.Tensor, Any]]:
+    """Value and gradient for the student as one graph."""
+
+    @tf.function
+    def step(teacher: Any, student: Any) -> tuple[tf.Tensor, Any]:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(student)
+            value = function(teacher, student)
+        return value, tape.gradient(value, student)
+
+    return step
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    tf.nest.map_structure(lambda tensor: tensor.numpy(), function())
+    return time.perf_counter() - start
+
+
+def compare(case: Case, batch: int, repeats: int) -> dict[str, Any]:
+    """Times both ways in turns; also says how far their results are apart."""
+    inputs = case.inputs(np.random.default_rng(0), batch)
+    steps = {"ours": compiled(case.ours), "plain": compiled(case.plain)}
+    results = {name: step(*inputs) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            # A short case is repeated until the clock can resolve it.
+            for _ in range(3):
+                times[name].append(seconds(lambda step=step: step(*inputs)))
+
+    def distance(found: Any, wanted: Any) -> float:
+        pairs = list(zip(tf.nest.flatten(found), tf.nest.flatten(wanted), strict=True))
+        gap = sum(float(tf.reduce_sum((a - b) ** 2)) for a, b in pairs)
+        return (gap / sum(float(tf.reduce_sum(b**2)) for _, b in pairs)) ** 0.5
+
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "batch": batch,
+        "milliseconds": {name: 1e3 * value for name, value in medians.items()},
+        "times_faster": medians["plain"] / medians["ours"],
+        "value_difference": distance(results["ours"][0], results["plain"][0]),
+        "gradient_difference": distance(results["ours"][1], results["plain"][1]),
+    }
+
+
+def peak(name: str, way: str, smoke: bool) -> float:
+    """MiB by which one step grows the largest resident size of a fresh process."""
+    command = [sys.executable, __file__, "--peak", name, way]
+    command += ["--smoke"] if smoke else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_peak(name: str, way: str, smoke: bool) -> None:
+    case = CASES[name]
+    step = compiled(getattr(case, way))
+    rng = np.random.default_rng(0)
+    inputs = case.inputs(rng, case.smoke if smoke else case.batch)
+
+    def largest() -> float:
+        # `ru_maxrss` would begin with the size of the process that started this one.
+        status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+    step(*case.inputs(rng, 4))
+    before = largest()
+    for _ in range(3):
+        step(*inputs)
+    print(largest() - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times losses.")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+    parser.add_argument("--smoke", action="store_true", help="tiny batches, two runs")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print_peak(*options.peak, options.smoke)
+        return
+
+    report = {}
+    for name in options.only:
+        case = CASES[name]
+        batch, repeats = case.batch, case.repeats
+        if options.smoke:
+            batch, repeats = case.smoke, 2
+        row = compare(case, batch, repeats)
+        row["peak_mib"] = {
+            way: peak(name, way, options.smoke) for way in ("ours", "plain")
+        }
+        report[name] = row
+        print(
+            f"{name:14}{row['times_faster']:6.2f} x faster, "
+            f"{row['milliseconds']['ours']:8.2f} ms and {row['peak_mib']['ours']:7.1f} "
+            f"MiB; plainly {row['milliseconds']['plain']:8.2f} ms and "
+            f"{row['peak_mib']['plain']:7.1f} MiB; gradients "
+            f"{row['gradient_difference']:.0e} apart"
+        )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

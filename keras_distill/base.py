@@ -1,0 +1,614 @@
+"""BaseDistiller: weighted terms, logs and compile, on top of `keras.Model`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_distill.heads import output_names
+from keras_distill.inputs import plain_inputs, select_inputs
+from keras_distill.links import (
+    as_list,
+    call_model,
+    check_weight,
+    input_spec,
+    run_with_taps,
+    symbolic_run,
+)
+from keras_distill.logs import Logs
+from keras_distill.losses.base import PACKAGE, number, reduce_values
+from keras_distill.steps_tensorflow import Steps
+from keras_distill.weighting import (
+    Labels,
+    by_output,
+    class_weights,
+    current_rows,
+    current_share,
+    for_masked,
+    full,
+    hand_on,
+    label_kind,
+    multiply,
+    read_labels,
+)
+
+RESERVED = ("loss", "hard", "soft", "agreement", "regularization", "skipped")
+
+
+class TermWeights(MutableMapping):
+    """The weights of the terms by name; assigning a number takes effect at once.
+
+    Reading gives the variable (`.numpy()` its value). Weights stay in the graph as
+    variables, so no step is traced anew.
+    """
+
+    def __init__(self, create: Callable[[str, float], Any]) -> None:
+        self._create = create
+        self._variables: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._variables:
+            raise KeyError(f"There is no term {name!r}. Terms: {list(self._variables)}")
+        return self._variables[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        variable = self[name]
+        check_weight(name, value)
+        variable.assign(number(value))
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("A term cannot be removed. Set its weight to 0.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def __repr__(self) -> str:
+        values = {name: round(number(v), 6) for name, v in self._variables.items()}
+        return f"TermWeights({values})"
+
+    def add(self, name: str, value: float) -> None:
+        """Creates the variable of a new term."""
+        check_weight(name, value)
+        if name in self._variables:
+            raise ValueError(f"There is a term {name!r} already. Give `name=`.")
+        self._variables[name] = self._create(name, number(value))
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class BaseDistiller(Steps, keras.Model):
+    """What every distiller shares: a `keras.Model` that trains by weighted terms.
+
+    The total is `alpha * compiled loss + Σ weight * term + regularisation losses`. A
+    subclass declares its terms in the constructor (`add_term`, `add_log`) and computes
+    them in one hook, `compute_terms`; `fit`, `evaluate`, `predict`, callbacks, saving,
+    precision and replicas are the same for all.
+
+    Args:
+        student: A built Keras model: functional, sequential, subclassed or nested.
+        alpha: Weight of the compiled loss; None for a distiller whose terms replace it.
+        student_inputs: What of `x` the student sees: a key, a list of keys (in that
+            order), a registered function of `x`, or None for all.
+        student_from_logits: Whether the student's outputs are logits. None finds out.
+        output_weights: Weights of the outputs in the soft term: a dict by name, or a
+            list in the order of `output_names`. 1 where not given.
+        unlabelled: The integer label that means "no label" under sparse categorical
+            losses; under categorical ones a row of zeros means it. None switches it
+            off.
+        name: Name of the model.
+
+    Raises:
+        TypeError: If `student` is not a Keras model.
+        ValueError: If `student` was never built, or a weight is negative.
+
+    Example:
+
+    ```python
+    @keras.saving.register_keras_serializable(package="example")
+    class Confident(kd.BaseDistiller):
+        def __init__(self, student, **kwargs):
+            super().__init__(student, **kwargs)
+            self.add_term("entropy", weight=0.1)
+
+        def compute_terms(self, x, y, sample_weight, training):
+            outputs = self.run_student(x, training)
+            log_p = keras.ops.log_softmax(outputs)
+            entropy = -keras.ops.sum(keras.ops.exp(log_p) * log_p, -1)
+            return outputs, {"entropy": self.mean(entropy, sample_weight)}
+    ```
+    """
+
+    def __init__(
+        self,
+        student: keras.Model,
+        *,
+        alpha: float | None = 1.0,
+        student_inputs: Any = None,
+        student_from_logits: bool | None = None,
+        output_weights: Any = None,
+        unlabelled: int | None = -1,
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(student, keras.Model):
+            raise TypeError(f"`student` must be a keras.Model. Received: {student!r}")
+        student_spec = input_spec(student)
+        super().__init__(name=name)
+        self._check_scope(student)
+        self.student = student
+        self.student_inputs = student_inputs
+        self.student_from_logits = student_from_logits
+        self.unlabelled = unlabelled
+        self._terms = TermWeights(self._weight_variable)
+        self._logs = Logs()
+        self._logs.add("hard_loss")
+        self._logs.add("labelled", shown=False)  # counts rows with labels
+        self._logs.add("steps", shown=False)  # counts the epoch's steps
+        self._epoch = self._scalar("epoch", 0.0)
+        self._class_weight: tuple[tuple[int, float], ...] | None = None
+        self._student_spec = student_spec
+        self._symbolic_outputs = symbolic_run(
+            lambda x: call_model(student, x, False), student_spec
+        )
+        self._names = output_names(student, self._symbolic_outputs)
+        self.output_weights = _output_weights(output_weights, self._names)
+        if alpha is not None:
+            check_weight("alpha", alpha)
+            self._terms.add("hard", alpha)
+        self.built = True
+
+    # -- terms and logs -------------------------------------------------------------
+
+    def add_term(self, name: str, weight: float = 1.0) -> None:
+        """Declares a term: its weight becomes a variable, its log `<name>_loss`."""
+        self._terms.add(name, weight)
+        self._logs.add(f"{name}_loss")
+
+    def add_log(self, name: str) -> None:
+        """Declares something that is only watched: see `log_metric`."""
+        self._logs.add(name)
+
+    def compute_terms(
+        self, x: Any, y: Any, sample_weight: Any, training: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        """The one hook: runs the networks, and computes the terms.
+
+        Args:
+            x: Inputs, as the data give them.
+            y: Labels, or None.
+            sample_weight: None, or the weights of the rows (a dict by output name
+                where the outputs differ). They hold sample and class weights and the
+                scale of this replica: pass them to `Loss.__call__` or `self.mean`, and
+                scale nothing else.
+            training: False in `evaluate`, where whatever needs a teacher is left out.
+
+        Returns:
+            The student's outputs, and the unweighted scalar terms by name.
+        """
+        return self.run_student(x, training), {}
+
+    def run_student(self, x: Any, training: bool, taps: Any = None) -> Any:
+        """Runs the student once.
+
+        Args:
+            x: Inputs, as the data give them.
+            training: Passed on to the student.
+            taps: Paths of layers to read, or None.
+
+        Returns:
+            The outputs; with `taps` a pair of outputs and features by path.
+        """
+        x = select_inputs(plain_inputs(x), self.student_inputs)
+        if taps is None:
+            return call_model(self.student, x, training)
+        return run_with_taps(self.student, x, taps, training)
+
+    def mean(self, values: Any, sample_weight: Any = None) -> Any:
+        """Weighted mean over rows (positions), scaled as every term must be."""
+        return reduce_values(values, sample_weight)
+
+    def log_metric(self, name: str, values: Any, sample_weight: Any = None) -> None:
+        """Records values per row (or a scalar per batch) in a declared log."""
+        values = ops.convert_to_tensor(values)
+        share = current_share()
+        if sample_weight is not None:
+            weight = full(sample_weight, values)
+            if share is not None:
+                weight = ops.divide_no_nan(weight, share.factor)
+        else:
+            weight = ops.ones_like(values) if len(values.shape) else current_rows()
+            if share is not None:
+                weight = weight * ops.cast(share.rows > 0, weight.dtype)
+        self._logs.update(name, values, weight)
+
+    def _weight_variable(self, name: str, value: float) -> Any:
+        return self._scalar(f"{name}_weight", value)
+
+    def _scalar(self, name: str, value: float) -> Any:
+        return self.add_weight(
+            name=name,
+            shape=(),
+            dtype="float32",
+            initializer=keras.initializers.Constant(value),
+            trainable=False,
+            autocast=False,
+        )
+
+    @property
+    def term_weights(self) -> TermWeights:
+        """Weights of the terms: `distiller.term_weights["soft"] = 0.5`."""
+        return self._terms
+
+    @property
+    def alpha(self) -> Any:
+        """Weight of the compiled loss, a variable."""
+        if "hard" not in self._terms:
+            raise AttributeError(f"{type(self).__name__} has no `alpha`.")
+        return self._terms["hard"]
+
+    @alpha.setter
+    def alpha(self, value: Any) -> None:
+        self._terms["hard"] = value
+
+    @property
+    def output_names(self) -> list[str]:
+        """The student's names: Keras resolves dicts of losses with them."""
+        return self.student.output_names
+
+    # -- the total ------------------------------------------------------------------
+
+    def weighted_losses(
+        self, x: Any, y: Any, sample_weight: Any, training: bool
+    ) -> dict[str, Any]:
+        """Everything that is differentiated, weighted and scaled, by name.
+
+        Also records all logs. In evaluation the compiled loss counts with weight 1.
+        """
+        labels, weights = self._read(y, sample_weight, training)
+        share = current_share()
+        scaled = weights
+        if share is not None:
+            ones = ops.ones((current_rows(padded=True),))
+            scaled = [
+                (ones if w is None else ops.cast(w, "float32")) * share.factor
+                for w in weights
+            ]
+        outputs, terms = self.compute_terms(x, y, self._one_weight(scaled), training)
+        losses = {}
+        hard = self.hard_loss(labels, outputs, scaled, weights)
+        if hard is not None and "hard" in self._terms:
+            losses["hard"] = hard * self._terms["hard"] if training else hard
+        for term, value in terms.items():
+            value = ops.cast(value, "float32")
+            losses[term] = value * self._terms[term]
+            rows = current_rows()
+            active = self.term_active(term)
+            if active is not None:
+                rows = rows * ops.cast(active, "float32")
+            self._logs.update(f"{term}_loss", _unscaled(value), rows)
+        extra = self.regularization()
+        if extra is not None:
+            losses["regularization"] = extra
+        if not losses:
+            raise ValueError(
+                "There is no loss to compute: no labels, or no `loss` in compile(), "
+                "and no other term."
+            )
+        total = ops.sum(ops.stack(list(losses.values())))
+        self._loss_tracker.update_state(
+            _unscaled(ops.stop_gradient(total)), current_rows()
+        )
+        return losses
+
+    def term_active(self, term: str) -> Any:
+        """Whether a term was computed in this step: None (always) or a boolean."""
+        return None
+
+    def regularization(self) -> Any:
+        """Regularisation losses of student and adapters, this replica's part."""
+        if not self.losses:
+            return None
+        total = ops.sum(ops.stack([ops.cast(l, "float32") for l in self.losses]))
+        share = current_share()
+        return total if share is None else total / share.replicas
+
+    def hard_loss(
+        self, labels: list[Labels | None], outputs: Any, scaled: Any, weights: Any
+    ) -> Any:
+        """The compiled loss of the outputs; also updates the compiled metrics.
+
+        Args:
+            labels: Per output, None where there are none.
+            outputs: The student's outputs.
+            scaled: Weights per output, with this replica's scale.
+            weights: The same without it, for metrics.
+
+        Returns:
+            A scalar, or None without labels or without a compiled loss.
+        """
+        if all(label is None for label in labels):
+            return None
+        flat = keras.tree.flatten(outputs)
+        share = current_share()
+        shown, loss_weights, metric_weights = [], [], []
+        for label, output, weight, plain in zip(
+            labels, flat, scaled, weights, strict=True
+        ):
+            valid = None if label is None else label.valid
+            shown.append(hand_on(output, valid))
+            values = output[..., 0] if len(output.shape) > 1 else output
+            values = ops.cast(values, "float32")
+            mask = getattr(shown[-1], "_keras_mask", None)
+            weight = for_masked(weight, mask)
+            loss_weights.append(full(weight, values))
+            if share is not None:
+                here = ops.cast(share.rows > 0, "float32")
+                plain = here if plain is None else ops.cast(plain, "float32") * here
+            metric_weights.append(full(plain, values))
+
+        def pack(items: list[Any]) -> Any:
+            return keras.tree.pack_sequence_as(outputs, items)
+
+        y = pack([None if label is None else label.values for label in labels])
+        rows = current_rows()
+        if len(flat) == 1 and labels[0] is not None and labels[0].valid is not None:
+            rows = _valid_rows(labels[0].valid, rows)
+        self._logs.update("labelled", 1.0, rows)
+        if self._compile_metrics is not None:
+            self._compile_metrics.update_state(
+                y, pack(shown), _or_none(pack, metric_weights)
+            )
+        if self._compile_loss is None:
+            return None
+        hard = self._compile_loss(y, pack(shown), _or_none(pack, loss_weights))
+        hard = ops.cast(hard, "float32")
+        self._logs.update("hard_loss", _unscaled(hard, rows), rows)
+        return hard
+
+    def _read(
+        self, y: Any, sample_weight: Any, training: bool
+    ) -> tuple[list[Labels | None], list]:
+        kinds = self._label_kinds()
+        specs = keras.tree.flatten(self._symbolic_outputs)
+        labels = [
+            None if item is None else read_labels(item, spec, kind, self.unlabelled)
+            for item, spec, kind in zip(
+                by_output(y, specs, self._names), specs, kinds, strict=True
+            )
+        ]
+        if isinstance(sample_weight, (dict, list, tuple)):
+            weights = by_output(sample_weight, specs, self._names)
+        else:
+            weights = [sample_weight] * len(labels)
+        if training and self._class_weight is not None:
+            if all(label is None for label in labels):
+                raise ValueError("`class_weight` needs labels, and the data have none.")
+            table = dict(self._class_weight)
+            weights = [
+                w if label is None else multiply(w, class_weights(label, table))
+                for w, label in zip(weights, labels, strict=True)
+            ]
+        return labels, weights
+
+    def _one_weight(self, weights: list[Any]) -> Any:
+        first = weights[0]
+        if all(weight is first for weight in weights):
+            return first
+        return dict(zip(self._names, weights, strict=True))
+
+    def _label_kinds(self) -> list[str | None]:
+        loss = getattr(self, "_compiled_loss", None)
+        if isinstance(loss, dict):
+            losses = [loss.get(name) for name in self._names]
+        elif isinstance(loss, (list, tuple)) and len(loss) == len(self._names):
+            losses = list(loss)
+        else:
+            losses = [loss] * len(self._names)
+        kinds = [{label_kind(item) for item in as_list(one)} for one in losses]
+        return [next(iter(k)) if len(k) == 1 else None for k in kinds]
+
+    # -- Keras ----------------------------------------------------------------------
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        return self.run_student(x, bool(training))
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: Any = "auto",
+        auto_scale_loss: bool = True,
+        *,
+        check_finite: bool = False,
+        skip_nonfinite: bool = False,
+        log_gradient_share: int = 0,
+        gradient_policy: Any = None,
+        across_replicas: bool = False,
+    ) -> BaseDistiller:
+        """Prepares training, as `keras.Model.compile`, and returns the distiller.
+
+        Args:
+            optimizer: As in Keras.
+            loss: As in Keras; without a loss there is no hard term.
+            loss_weights: As in Keras.
+            metrics: As in Keras.
+            weighted_metrics: As in Keras.
+            run_eagerly: As in Keras.
+            steps_per_execution: As in Keras.
+            jit_compile: As in Keras: with `"auto"` XLA is off on CPU-only machines.
+            auto_scale_loss: Whether the loss is scaled when any layer that is trained
+                computes in float16.
+            check_finite: Whether NaN or infinity in the teacher's outputs is an error
+                that names the batch.
+            skip_nonfinite: Whether a batch with NaN or infinity in loss or gradients
+                changes nothing; the log `skipped` counts such batches.
+            log_gradient_share: Every so many steps log each weighted term's share of
+                the gradient norm over the student's weights; 0 for never.
+            gradient_policy: Function `(main, transfer, variables, epoch) -> gradients`
+                that combines the gradients of hard, soft and regularisation losses
+                (main) with those of the links (transfer), such as `ClipToMain()`.
+            across_replicas: Whether losses that compare rows do so over the global
+                batch instead of each replica's own.
+
+        Returns:
+            The distiller itself.
+
+        Raises:
+            ValueError: If an option does not fit the others or the strategy.
+        """
+        if log_gradient_share < 0:
+            raise ValueError(
+                "`log_gradient_share` must be a number of steps, 0 for never. "
+                f"Received: {log_gradient_share}"
+            )
+        optimizer = keras.optimizers.get(optimizer)
+        self._check_compile(optimizer, jit_compile, check_finite, across_replicas)
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if auto_scale_loss and not scaled and self._computes_in_float16():
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        if skip_nonfinite and "skipped" not in self._logs:
+            self._logs.add("skipped")
+        self._options = {
+            "check_finite": check_finite,
+            "skip_nonfinite": skip_nonfinite,
+            "log_gradient_share": log_gradient_share,
+            "gradient_policy": gradient_policy,
+            "across_replicas": across_replicas,
+        }
+        self._jit_compile_argument = jit_compile
+        self._compiled_loss = loss
+        self._compile_loss = None
+        self._compile_metrics = None
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss,
+        )
+        if log_gradient_share:
+            for term in self._terms:
+                if f"{term}_gradient_share" not in self._logs:
+                    self._logs.add(f"{term}_gradient_share")
+        if self.optimizer is not None and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        return self
+
+    def _computes_in_float16(self) -> bool:
+        layers = self._flatten_layers(include_self=False)
+        return any(layer.compute_dtype == "float16" for layer in layers)
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        config = super().get_compile_config()
+        if not config:
+            return config
+        # Keras stores what "auto" meant here; it may mean something else elsewhere.
+        config["jit_compile"] = self._jit_compile_argument
+        return config | keras.saving.serialize_keras_object(dict(self._options))
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        logs = getattr(self, "_logs", None)
+        return super().metrics + (logs.metrics if logs is not None else [])
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """The logs of what ran since the last reset; the rest is left out."""
+        results = {"loss": self._loss_tracker.result()}
+        if self._logs.ran("labelled"):
+            results |= self._compiled_results()
+        return results | self._logs.results(filter(self._logs.ran, self._logs.names))
+
+    def _get_metrics_result_or_logs(self, logs: Any) -> dict[str, Any]:
+        return self.get_metrics_result()
+
+    def _compiled_results(self) -> dict[str, Any]:
+        results = {}
+        if self._compile_loss is not None:
+            results |= {m.name: m.result() for m in self._compile_loss.metrics}
+        if self._compile_metrics is not None:
+            results |= self._compile_metrics.result()
+        return results
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            "student": keras.saving.serialize_keras_object(self.student),
+            "student_inputs": keras.saving.serialize_keras_object(self.student_inputs),
+            "student_from_logits": self.student_from_logits,
+            "output_weights": self.output_weights,
+            "unlabelled": self.unlabelled,
+            "name": self.name,
+        }
+        if "hard" in self._terms:
+            config["alpha"] = number(self.alpha)
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> BaseDistiller:
+        return cls(
+            **{
+                key: keras.saving.deserialize_keras_object(
+                    value, custom_objects=custom_objects
+                )
+                for key, value in config.items()
+            }
+        )
+
+
+def _output_weights(weights: Any, names: list[str]) -> dict[str, float]:
+    if weights is None:
+        return {}
+    if not isinstance(weights, dict):
+        if len(weights) != len(names):
+            raise ValueError(
+                f"`output_weights` must have one weight per output {names}. "
+                f"Received: {weights}"
+            )
+        weights = dict(zip(names, weights, strict=True))
+    unknown = set(weights) - set(names)
+    if unknown:
+        raise ValueError(
+            f"`output_weights` names {sorted(unknown)}; the outputs are {names}."
+        )
+    for name, weight in weights.items():
+        check_weight(f"output_weights[{name!r}]", weight)
+    return {name: number(weight) for name, weight in weights.items()}
+
+
+def _or_none(pack: Any, weights: list[Any]) -> Any:
+    return None if all(w is None for w in weights) else pack(weights)
+
+
+def _valid_rows(valid: Any, rows: Any) -> Any:
+    """How much a batch counts: its rows, in the share of positions with a label."""
+    return rows * ops.mean(ops.cast(valid, "float32"))
+
+
+def _unscaled(value: Any, rows: Any = None) -> Any:
+    """A term as one device would log it for this replica's rows alone."""
+    share = current_share()
+    if share is None:
+        return value
+    total = share.total
+    if rows is None:
+        rows = share.rows
+    else:
+        total = share.all_reduce(rows)
+    return ops.divide_no_nan(value * total, rows)

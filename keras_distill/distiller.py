@@ -1,0 +1,648 @@
+"""Distiller: a teacher, soft targets and links."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_distill.adapters import Regressor
+from keras_distill.base import RESERVED, BaseDistiller
+from keras_distill.heads import Head, find_heads, two_rows
+from keras_distill.links import (
+    Link,
+    as_list,
+    as_loss,
+    call_model,
+    paths_of,
+    run_with_taps,
+    symbolic_run,
+)
+from keras_distill.losses.base import (
+    PACKAGE,
+    DistillationLoss,
+    check_positive,
+    number,
+    reduce_values,
+)
+from keras_distill.losses.response import SoftTarget
+from keras_distill.teachers.base import Absent, Model, Teacher, as_teacher
+from keras_distill.weighting import by_output, current_rows, current_share, for_masked
+
+
+@dataclass(frozen=True)
+class Match:
+    """An output that both networks have."""
+
+    name: str
+    student: Head
+    teacher: Head
+    student_index: int
+    teacher_index: int
+    weight: float
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class Distiller(BaseDistiller):
+    r"""Trains a student to know what a teacher knows.
+
+    The total is
+
+    $$\alpha \cdot \text{compiled loss}(y, s) + \beta \cdot \text{soft loss}(t, s)
+    + \sum_i w_i \cdot \text{link}_i + \text{the student's regularisation losses}$$
+
+    The teacher runs once per step, with `training=False`, is never recorded for
+    gradients and never changed; the student runs once, logits and taps in the same
+    pass. `temperature`, `alpha`, `beta` and the weights are variables: assigning a
+    number takes effect at once. `evaluate`, `predict` and saving concern the student.
+
+    Args:
+        student: A built Keras model.
+        teacher: A built Keras model, a list of them (an ensemble), or any
+            `kd.teachers.Teacher`.
+        temperature: T of the soft loss, above 0; 4 for `"auto"`.
+        alpha: Weight of the compiled loss.
+        beta: Weight of the soft loss, 0.9 by default.
+        links: `kd.Link` objects: further places at which the networks are compared.
+        soft_loss: `"auto"` for `SoftTarget(temperature)`, None for no soft term, or
+            any Keras loss. The losses of `kd.losses` get logits, others the outputs
+            as they are.
+        student_inputs: What of `x` the student sees: a key, a list of keys, a
+            registered function, or None for all.
+        student_from_logits: Whether the student's outputs are logits. None finds out.
+        output_weights: Weights of the outputs in the soft term: a dict by name or a
+            list in the order of `output_names`.
+        unlabelled: The integer label that means "no label"; None switches it off.
+        save_teacher: Whether a `.keras` file holds the teacher too. Checkpoints of
+            weights never do.
+        name: Name of the model.
+
+    Raises:
+        TypeError: If student or teacher are not models.
+        ValueError: If an argument is out of range or without effect, if outputs or
+            classes do not match, if a layer does not exist, or shapes differ at a
+            link.
+
+    Example:
+
+    ```python
+    distiller = kd.Distiller(student, teacher, temperature=4.0, alpha=0.1, beta=0.9)
+    distiller.compile(
+        optimizer="adam",
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    ).fit(x, y, epochs=2)
+    distiller.student.save("student.keras")
+    ```
+
+    References:
+        Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015
+        (arXiv 1503.02531).
+    """
+
+    def __init__(
+        self,
+        student: keras.Model,
+        teacher: Any,
+        *,
+        temperature: Any = None,
+        alpha: float = 0.1,
+        beta: float | None = None,
+        links: Sequence[Link] = (),
+        soft_loss: Any = "auto",
+        student_inputs: Any = None,
+        student_from_logits: bool | None = None,
+        output_weights: Any = None,
+        unlabelled: int | None = -1,
+        save_teacher: bool = False,
+        name: str | None = None,
+    ) -> None:
+        teacher = as_teacher(teacher)
+        super().__init__(
+            student,
+            alpha=alpha,
+            student_inputs=student_inputs,
+            student_from_logits=student_from_logits,
+            output_weights=output_weights,
+            unlabelled=unlabelled,
+            name=name,
+        )
+        _check_apart(student, teacher)
+        if save_teacher and not isinstance(teacher, (Model, Absent)):
+            raise ValueError(
+                "`save_teacher=True` needs a teacher that is one Keras model. "
+                f"Received: {teacher!r}"
+            )
+        self.__dict__["_teacher"] = teacher
+        self.save_teacher = save_teacher
+        self._add_soft_term(soft_loss, temperature, beta)
+        self._add_links(links)
+
+    # -- what is compared -----------------------------------------------------------
+
+    def _add_soft_term(self, soft_loss: Any, temperature: Any, beta: Any) -> None:
+        self._temperature = None
+        self._matches: list[Match] = []
+        self._soft_loss = _soft_loss(soft_loss, temperature, beta)
+        loss = self._soft_loss
+        if loss is None:
+            if self.output_weights:
+                raise ValueError("`output_weights` has no effect without a soft loss.")
+            return
+        if hasattr(loss, "temperature"):
+            self._temperature = self._scalar("temperature", number(loss.temperature))
+            loss.temperature = self._temperature
+        self.add_term("soft", 0.9 if beta is None else beta)
+        self._matches = self._match_outputs(isinstance(loss, DistillationLoss))
+        combine = getattr(self.teacher, "combine", None)
+        if hasattr(loss, "temperatures") and combine == "arithmetic":
+            raise ValueError(
+                f"{type(loss).__name__} compares at several temperatures; an "
+                "arithmetic ensemble has one. Use combine='geometric'."
+            )
+        if isinstance(loss, DistillationLoss):
+            for match in self._matches:
+                self.add_log(self._agreement_log(match))
+
+    def _match_outputs(self, logits: bool) -> list[Match]:
+        flat = keras.tree.flatten(self._symbolic_outputs)
+        if logits:
+            students = find_heads(
+                self.student,
+                self._symbolic_outputs,
+                self.student_from_logits,
+                "student_from_logits",
+                lambda: call_model(self.student, two_rows(self._student_spec), False),
+            )
+            teachers = self.teacher.heads()
+        else:
+            students = [
+                Head(name, (None, *tuple(output.shape)[1:]))
+                for name, output in zip(self._names, flat, strict=True)
+            ]
+            teachers = Teacher.heads(self.teacher)
+        by_name = {head.name: index for index, head in enumerate(teachers)}
+        if len(students) == len(teachers) == 1:
+            by_name = {students[0].name: 0}
+        matches = [
+            Match(
+                head.name,
+                head,
+                teachers[by_name[head.name]],
+                index,
+                by_name[head.name],
+                self.output_weights.get(head.name, 1.0),
+            )
+            for index, head in enumerate(students)
+            if head.name in by_name
+        ]
+        if not matches:
+            raise ValueError(
+                "Student and teacher have no output in common. Student: "
+                f"{self._names}, teacher: {self.teacher.names}."
+            )
+        for match in matches:
+            self._check_match(match, logits)
+        return matches
+
+    def _check_match(self, match: Match, logits: bool) -> None:
+        student, teacher = match.student, match.teacher
+        if logits and student.classes != teacher.classes:
+            raise ValueError(
+                f"The output {match.name!r} has {student.classes} classes in the "
+                f"student and {teacher.classes} in the teacher. Soft targets need the "
+                "same classes; with `soft_loss=None` and links they may differ."
+            )
+        if not _same_shape(student.shape[1:-1], teacher.shape[1:-1]) or (
+            not logits and not _same_shape(student.shape, teacher.shape)
+        ):
+            raise ValueError(
+                f"The output {match.name!r} has shape {student.shape} in the student "
+                f"and {teacher.shape} in the teacher."
+            )
+        loss = self._soft_loss
+        if logits and not loss.shift_invariant:
+            if not (student.exact and teacher.exact):
+                raise ValueError(
+                    f"{type(loss).__name__} needs real logits; the logarithm of "
+                    "probabilities is shifted by an unknown constant in every row. "
+                    "Use SoftTarget, or models that return logits."
+                )
+
+    def _agreement_log(self, match: Match) -> str:
+        return "agreement" if len(self._names) == 1 else f"{match.name}_agreement"
+
+    def _add_links(self, links: Sequence[Link]) -> None:
+        self.links: tuple[Link, ...] = ()
+        resolved = []
+        taken = set(self._names) | set(RESERVED)
+        for link in links:
+            if not isinstance(link, Link):
+                raise TypeError(f"`links` must hold kd.Link objects. Received: {link!r}")
+            if link.name in taken:
+                raise ValueError(
+                    f"The link name {link.name!r} is taken (by another link, an output "
+                    "or a log). Give `name=` to the Link."
+                )
+            taken.add(link.name)
+            if not getattr(link.loss, "needs_teacher", True):
+                raise ValueError(
+                    f"{type(link.loss).__name__} needs no teacher, so it cannot be the "
+                    f"loss of the link {link.name!r}."
+                )
+            resolved.append(self._resolved(link))
+        self._student_taps = _unique(link.student_layer for link in resolved)
+        self._teacher_taps = _unique(link.teacher_layer for link in resolved)
+        if resolved:
+            student_specs = symbolic_run(
+                lambda x: run_with_taps(self.student, x, self._student_taps, False)[1],
+                self._student_spec,
+            )
+            teacher_specs = self.teacher.tap_specs(self._teacher_taps)
+            for link in resolved:
+                self._fit_link(link, student_specs, teacher_specs)
+                self.add_term(link.name, link.weight)
+        self.links = tuple(resolved)
+        adapters = [a for li in resolved for a in (li.adapter, li.teacher_adapter) if a]
+        self._adapters = adapters
+
+    def _resolved(self, link: Link) -> Link:
+        """A copy of the link with paths instead of layers."""
+        link = copy.copy(link)
+        link.student_layer = paths_of(self.student, link.student_layer, "student_layer")
+        link.teacher_layer = self.teacher.resolve(link.teacher_layer)
+        return link
+
+    def _fit_link(self, link: Link, students: Any, teachers: Any) -> None:
+        """Builds the adapters of a link and checks that its loss can be computed."""
+        student = _taps(link.student_layer, students)
+        teacher = _taps(link.teacher_layer, teachers)
+        shapes = _shapes(student), _shapes(teacher)
+        if link.teacher_adapter is not None:
+            teacher = _build_adapter(link.teacher_adapter, teacher, *reversed(shapes))
+        if link.adapter == "auto":
+            same = _same_shapes(student, teacher)
+            link.adapter = None if same else Regressor()
+        if link.adapter is not None:
+            student = _build_adapter(link.adapter, student, shapes[0], _shapes(teacher))
+        link.shapes = shapes
+        needs_labels = getattr(link.loss, "needs_labels", False)
+        if not isinstance(link.loss, DistillationLoss):
+            if not _same_shapes(student, teacher):
+                raise ValueError(
+                    f"The link {link.name!r} compares student features of shape "
+                    f"{_shapes(student)} with teacher features of shape "
+                    f"{_shapes(teacher)}. Give `adapter='auto'` or a layer."
+                )
+        elif not needs_labels:
+            try:
+                symbolic_run(link.loss, teacher, student)
+            except ValueError as error:
+                raise ValueError(f"The link {link.name!r}: {error}") from error
+
+    # -- the terms ------------------------------------------------------------------
+
+    def compute_terms(
+        self, x: Any, y: Any, sample_weight: Any, training: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        if not training:
+            return self.run_student(x, training), {}
+        outputs, features = self.run_student(x, training, self._student_taps)
+        names = self._transfer_terms
+        if not names:
+            return outputs, {}
+        adapted = {
+            link.name: _adapt(link.adapter, _taps(link.student_layer, features), True)
+            for link in self.links
+        }
+
+        def compare() -> dict[str, Any]:
+            return self._compare(x, y, sample_weight, outputs, adapted)
+
+        def nothing() -> dict[str, Any]:
+            logs = [self._agreement_log(m) for m in self._matches]
+            keys = [*names, *(log for log in logs if log in self._logs)]
+            return {key: ops.zeros((), "float32") for key in keys}
+
+        if self._options["across_replicas"]:
+            terms = compare()  # collectives cannot be inside a cond
+        else:
+            terms = ops.cond(self.term_active(names[0]), compare, nothing)
+        for match in self._matches:
+            log = self._agreement_log(match)
+            if log in terms:
+                count = _positions(keras.tree.flatten(outputs)[match.student_index])
+                active = ops.cast(self.term_active("soft"), "float32")
+                self._logs.update(log, terms.pop(log), count * active)
+        return outputs, terms
+
+    def _compare(
+        self, x: Any, y: Any, sample_weight: Any, outputs: Any, adapted: Any
+    ) -> dict[str, Any]:
+        """All terms that need the teacher."""
+        known, features = self.teacher(x, self._teacher_taps, self._teacher_temperature)
+        features = keras.tree.map_structure(ops.stop_gradient, features)
+        if self._options["check_finite"]:
+            self._assert_finite((known, features))
+        terms: dict[str, Any] = {}
+        flat, flat_known = keras.tree.flatten(outputs), keras.tree.flatten(known)
+        soft = []
+        for match in self._matches:
+            student, teacher = flat[match.student_index], flat_known[match.teacher_index]
+            if isinstance(self._soft_loss, DistillationLoss):
+                student = match.student.logits(student)
+                teacher = match.teacher.logits(teacher)
+                terms[self._agreement_log(match)] = _agreement(teacher, student)
+            # Only now: a copy of probabilities loses the logits attached to them.
+            teacher = ops.stop_gradient(teacher)
+            weight = sample_weight
+            if isinstance(weight, dict):
+                weight = weight[match.name]
+            labels = by_output(y, flat, self._names)[match.student_index]
+            value = _apply_loss(self._soft_loss, teacher, student, labels, weight)
+            soft.append(match.weight * value)
+        if soft:
+            terms["soft"] = sum(soft)
+        for link in self.links:
+            if isinstance(sample_weight, dict):
+                raise ValueError(
+                    "Links need one weight per row: `sample_weight` differs between "
+                    f"the outputs {list(sample_weight)}."
+                )
+            teacher = _adapt(
+                link.teacher_adapter, _taps(link.teacher_layer, features), True
+            )
+            terms[link.name] = _apply_loss(
+                link.loss,
+                teacher,
+                adapted[link.name],
+                by_output(y, flat, self._names)[0],
+                sample_weight,
+            )
+        return terms
+
+    @property
+    def link_names(self) -> tuple[str, ...]:
+        return tuple(link.name for link in self.links)
+
+    @property
+    def _transfer_terms(self) -> list[str]:
+        return ["soft"] * bool(self._matches) + list(self.link_names)
+
+    def term_active(self, term: str) -> Any:
+        """The teacher runs while any weight that needs it is above 0."""
+        names = self._transfer_terms
+        if term not in names:
+            return None
+        weights = ops.stack([self._terms[n].value for n in names])
+        return ops.any(weights > 0)
+
+    @property
+    def _teacher_temperature(self) -> Any:
+        if self._temperature is None:
+            return 1.0
+        return self._temperature.value
+
+    # -- properties -----------------------------------------------------------------
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher, never a Keras model: its `.model` is one."""
+        return self.__dict__["_teacher"]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Before Keras's tracker sees it: it would train and save the teacher.
+        if name == "teacher":
+            self._set_teacher(as_teacher(value))
+        else:
+            super().__setattr__(name, value)
+
+    def _set_teacher(self, teacher: Teacher) -> None:
+        _check_apart(self.student, teacher)
+        before, after = (
+            [tuple(t.shape)[1:] for t in keras.tree.flatten(known.outputs)]
+            for known in (self.teacher, teacher)
+        )
+        if before != after:
+            raise ValueError(
+                f"The teacher's outputs have shapes {after}; this distiller was made "
+                f"for {before}."
+            )
+        old = self.teacher
+        if isinstance(old, Absent) and old.fingerprint() != teacher.fingerprint():
+            raise ValueError(
+                "This is not the teacher that the distiller was saved with: its "
+                "weights or its architecture differ."
+            )
+        for tap in self._teacher_taps:
+            teacher.resolve(tap)
+        self.__dict__["_teacher"] = teacher
+        self.train_function = None
+
+    @property
+    def temperature(self) -> Any:
+        """T of the soft loss, a variable."""
+        if self._temperature is None:
+            raise AttributeError("This distiller's soft loss has no temperature.")
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: Any) -> None:
+        check_positive("temperature", value)
+        self.temperature.assign(number(value))
+
+    @property
+    def beta(self) -> Any:
+        """Weight of the soft loss, a variable."""
+        if "soft" not in self._terms:
+            raise AttributeError("This distiller has no soft loss.")
+        return self._terms["soft"]
+
+    @beta.setter
+    def beta(self, value: Any) -> None:
+        self._terms["soft"] = value
+
+    @property
+    def soft_loss(self) -> Any:
+        """The loss of the soft term, or None."""
+        return self._soft_loss
+
+    # -- saving ---------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        serialize = keras.saving.serialize_keras_object
+        config["teacher"] = self._remembered_teacher()
+        config["soft_loss"] = serialize(self._soft_loss)
+        if self._soft_loss is not None:
+            config["beta"] = number(self.beta)
+        config["links"] = [
+            {
+                "student_layer": link.student_layer,
+                "teacher_layer": link.teacher_layer,
+                "loss": serialize(link.loss),
+                "weight": number(self._terms[link.name]),
+                "adapter": serialize(link.adapter),
+                "teacher_adapter": serialize(link.teacher_adapter),
+                "name": link.name,
+            }
+            for link in self.links
+        ]
+        return config | {"save_teacher": self.save_teacher}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Distiller:
+        config = dict(config)
+        teacher = Absent(config.pop("teacher"))
+        config = {
+            key: keras.saving.deserialize_keras_object(
+                value, custom_objects=custom_objects
+            )
+            for key, value in config.items()
+        }
+        config["links"] = [Link(**link) for link in config["links"]]
+        if not config["output_weights"]:
+            config["output_weights"] = None
+        return cls(teacher=teacher, **config)
+
+    def _remembered_teacher(self) -> dict[str, Any]:
+        teacher = self.teacher
+        if isinstance(teacher, Absent):
+            return teacher.memory
+        kinds = {match.teacher.name: match.teacher.kind for match in self._matches}
+        specs = teacher.tap_specs(self._teacher_taps) if self._teacher_taps else {}
+        return {
+            "names": list(teacher.names),
+            "shapes": [list(t.shape) for t in keras.tree.flatten(teacher.outputs)],
+            "kinds": [kinds.get(name, "logits") for name in teacher.names],
+            "taps": {tap: list(spec.shape) for tap, spec in specs.items()},
+            "fingerprint": teacher.fingerprint(),
+        }
+
+    def save_assets(self, dir_path: str) -> None:
+        if self.save_teacher and isinstance(self.teacher, Model):
+            self.teacher.model.save(os.path.join(dir_path, "teacher.keras"))
+
+    def load_assets(self, dir_path: str) -> None:
+        path = os.path.join(dir_path, "teacher.keras")
+        if os.path.exists(path):
+            self.teacher = keras.saving.load_model(path, compile=False)
+
+
+def _soft_loss(loss: Any, temperature: Any, beta: Any) -> Any:
+    """A copy of the soft loss, checked against the arguments that go with it."""
+    if loss is None:
+        for argument, value in (("temperature", temperature), ("beta", beta)):
+            if value is not None:
+                raise ValueError(
+                    f"`{argument}` has no effect with `soft_loss=None`. "
+                    f"Received: {value}"
+                )
+        return None
+    if isinstance(loss, str) and loss == "auto":
+        return SoftTarget(4.0 if temperature is None else temperature)
+    if temperature is not None:
+        raise ValueError(
+            "`temperature` belongs to `soft_loss='auto'`; another soft loss has its "
+            f"own, or none. Received: temperature={temperature}"
+        )
+    loss = copy.copy(as_loss(loss))
+    if not getattr(loss, "needs_teacher", True):
+        raise ValueError(
+            f"{type(loss).__name__} needs no teacher: use it with kd.TeacherFree, or as "
+            "the compiled loss."
+        )
+    return loss
+
+
+def _apply_loss(loss: Any, known: Any, own: Any, labels: Any, weight: Any) -> Any:
+    """The scalar value of any loss, weighted from the left and scaled."""
+    mask = getattr(own, "_keras_mask", None)
+    weight = for_masked(weight, mask)
+    if isinstance(loss, DistillationLoss):
+        if loss.needs_labels:
+            if labels is None:
+                raise ValueError(f"{type(loss).__name__} needs labels; there are none.")
+            known = [known, labels]
+        return ops.cast(loss(known, own, weight), "float32")
+    cast = [ops.cast(t, "float32") for t in (known, own)]
+    values = loss.call(*cast)
+    return reduce_values(ops.cast(values, "float32"), weight, mask, loss.reduction)
+
+
+def _agreement(teacher: Any, student: Any) -> Any:
+    """Share of this replica's valid positions where both choose the same class."""
+    same = ops.cast(ops.argmax(teacher, -1) == ops.argmax(student, -1), "float32")
+    mask = getattr(student, "_keras_mask", None)
+    if mask is None:
+        return ops.mean(same)
+    mask = ops.cast(mask, "float32")
+    return ops.divide_no_nan(ops.sum(same * mask), ops.sum(mask))
+
+
+def _positions(output: Any) -> Any:
+    """How much this batch counts in a mean over positions."""
+    mask = getattr(output, "_keras_mask", None)
+    rows = current_rows()
+    if mask is None:
+        return rows
+    share = current_share()
+    here = ops.sum(ops.cast(mask, "float32"))
+    return here if share is None else share.valid(mask)[0]
+
+
+def _check_apart(student: keras.Model, teacher: Teacher) -> None:
+    own = {id(variable) for variable in student.variables}
+    shared = [v.path for v in teacher.variables if id(v) in own]
+    if shared:
+        raise ValueError(
+            "Teacher and student share variables, so training the student would change "
+            f"the teacher: {shared[:3]}. Clone one of them."
+        )
+
+
+def _unique(layers: Any) -> list[str]:
+    return list(dict.fromkeys(path for layer in layers for path in as_list(layer)))
+
+
+def _taps(layer: Any, features: dict[str, Any]) -> Any:
+    if isinstance(layer, (list, tuple)):
+        return [features[path] for path in layer]
+    return features[layer]
+
+
+def _shapes(taps: Any) -> Any:
+    if isinstance(taps, (list, tuple)):
+        return [tuple(tap.shape) for tap in taps]
+    return tuple(taps.shape)
+
+
+def _same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(
+        a == b or None in (a, b) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _same_shapes(one: Any, other: Any) -> bool:
+    one, other = as_list(one), as_list(other)
+    return len(one) == len(other) and all(
+        _same_shape(a.shape, b.shape) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _build_adapter(adapter: Any, taps: Any, own: Any, other: Any) -> Any:
+    """Tells an adapter the shapes, builds it, and returns what it makes of the taps."""
+    if hasattr(adapter, "match"):
+        adapter.match(own, other)
+    return _adapt(adapter, taps, False)
+
+
+def _adapt(adapter: Any, taps: Any, training: bool) -> Any:
+    return taps if adapter is None else call_model(adapter, taps, training)

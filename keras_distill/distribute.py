@@ -1,0 +1,148 @@
+"""What training under `tf.distribute` needs, and nothing else does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_distill.weighting import Share
+
+
+def replicas() -> int:
+    """Number of replicas that train together."""
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def all_reduce(value: Any) -> Any:
+    """Sums tensors over the replicas (called on one of them)."""
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+def share_of(x: Any) -> Share:
+    """How many of the global batch's rows are on this replica."""
+    leaf = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
+    rows = tf.cast(tf.shape(leaf)[0], tf.float32)
+    count = replicas()
+    total = all_reduce(rows) if count > 1 else rows
+    return Share(rows, total, count, all_reduce)
+
+
+def pad_empty(data: Any, share: Share) -> Any:
+    """Gives a replica without rows one row of zeros, whose weight will be 0.
+
+    Without it the backward pass of convolutions crashes, and batch statistics become
+    NaN.
+    """
+    if share.replicas == 1:
+        return data
+    missing = tf.cast(tf.equal(share.rows, 0), tf.int32)
+
+    def pad(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        paddings = [[0, missing]] + [[0, 0]] * (len(tensor.shape) - 1)
+        return tf.pad(tensor, paddings)
+
+    return keras.tree.map_structure(pad, data)
+
+
+def sum_gradients(gradients: list[Any]) -> list[Any]:
+    """All-reduces gradients once; None stays None."""
+    if replicas() == 1:
+        return gradients
+    dense = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+    summed = iter(all_reduce([g for g in dense if g is not None]))
+    return [None if g is None else next(summed) for g in dense]
+
+
+def clip(optimizer: Any, gradients: list[Any]) -> list[Any]:
+    """Clips all-reduced gradients as the optimizer would clip one device's.
+
+    Under a strategy Keras clips every replica's part before the sum, which is another
+    step than on one device.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    some = [g for g in gradients if g is not None]
+    if replicas() == 1 or not some:
+        return gradients
+    if optimizer.clipnorm:
+        some = [tf.clip_by_norm(g, optimizer.clipnorm) for g in some]
+    elif optimizer.global_clipnorm:
+        some = tf.clip_by_global_norm(some, optimizer.global_clipnorm)[0]
+    elif optimizer.clipvalue:
+        value = optimizer.clipvalue
+        some = [tf.clip_by_value(g, -value, value) for g in some]
+    clipped = iter(some)
+    return [None if g is None else next(clipped) for g in gradients]
+
+
+def apply(optimizer: Any, gradients: list[Any], variables: list[Any], ok: Any) -> None:
+    """Applies all-reduced gradients; not at all where `ok` is false.
+
+    Keras's optimizer sums over the replicas itself, so it gets its R-th part.
+    """
+    pairs = [
+        (g, v) for g, v in zip(gradients, variables, strict=True) if g is not None
+    ]
+    if not pairs:
+        return
+    count = replicas()
+    parts = [g / count if count > 1 else g for g, _ in pairs]
+    targets = [v for _, v in pairs]
+    if ok is None:
+        optimizer.apply(parts, targets)
+        return
+
+    def on_replica() -> None:
+        optimizer.apply(parts, targets)
+
+    if count == 1:
+        tf.cond(ok, lambda: on_replica() or tf.no_op(), tf.no_op)
+        return
+
+    # A cond with a collective inside is only allowed outside of the replicas.
+    def across(strategy: Any, ok: Any, parts: Any) -> None:
+        first = strategy.experimental_local_results(ok)[0]
+
+        def update() -> Any:
+            strategy.extended.call_for_each_replica(
+                optimizer.apply, args=(parts, targets)
+            )
+            return tf.no_op()
+
+        tf.cond(first, update, tf.no_op)
+
+    tf.distribute.get_replica_context().merge_call(across, args=(ok, parts))
+
+
+def check_scope(student: Any) -> None:
+    """Raises ValueError unless student and distiller are made in the same scope."""
+    strategy = tf.distribute.get_strategy()
+    for variable in student.variables:
+        value = variable.value
+        owner = getattr(value, "distribute_strategy", None)
+        multiple = strategy.num_replicas_in_sync > 1
+        if (multiple and owner is not strategy) or (
+            not multiple and owner is not None and owner.num_replicas_in_sync > 1
+        ):
+            raise ValueError(
+                "Student and distiller must be made in the same strategy scope:\n\n"
+                "with strategy.scope():\n"
+                "    student = build_student()\n"
+                "    distiller = kd.Distiller(student, teacher)\n"
+                "    distiller.compile(...)\n"
+                "distiller.fit(...)"
+            )
+
+
+def element_spec(iterator: Any) -> Any:
+    """The structure of one batch on one replica, without reading any."""
+
+    def local(spec: Any) -> Any:
+        values = getattr(spec, "_value_specs", None)
+        return values[0] if values else spec
+
+    return tf.nest.map_structure(local, iterator._distributed_dataset.element_spec)

@@ -1,0 +1,29 @@
+"""What of the data a network sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras_distill.links import as_list
+
+
+def plain_inputs(x: Any) -> Any:
+    """The inputs themselves where the data carry a teacher's stored knowledge."""
+    return x["inputs"] if isinstance(x, dict) and "kd_teacher" in x else x
+
+
+def select_inputs(x: Any, keys: Any) -> Any:
+    """The part of `x` that a network sees.
+
+    Raises:
+        ValueError: If a key is not in `x`.
+    """
+    if keys is None:
+        return x
+    if callable(keys):
+        return keys(x)
+    missing = [key for key in as_list(keys) if key not in x]
+    if missing:
+        known = list(x) if isinstance(x, dict) else type(x).__name__
+        raise ValueError(f"The data have no input {missing}. Inputs: {known}")
+    return [x[key] for key in keys] if isinstance(keys, (list, tuple)) else x[keys]

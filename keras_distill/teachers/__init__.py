@@ -1,0 +1,6 @@
+"""Teachers: models, ensembles and whatever else knows something."""
+
+from keras_distill.teachers.base import Model, Teacher
+from keras_distill.teachers.ensemble import Ensemble
+
+__all__ = ["Ensemble", "Model", "Teacher"]

@@ -1,0 +1,292 @@
+"""Teachers: whatever knows something, behind one contract."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_distill.heads import Head, find_heads, output_names, two_rows
+from keras_distill.inputs import plain_inputs, select_inputs
+from keras_distill.links import (
+    call_model,
+    input_spec,
+    paths_of,
+    run_with_taps,
+    symbolic_run,
+)
+
+
+class Teacher(abc.ABC):
+    """The contract of a teacher: knowledge for a batch of inputs.
+
+    A teacher is never trained and is not a Keras layer, so that no distiller tracks,
+    trains or saves it by accident.
+
+    Attributes:
+        outputs: Symbolic outputs, in the teacher's own structure.
+        names: Names of the flat outputs.
+    """
+
+    outputs: Any
+    names: list[str]
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Any, taps: Sequence[str], temperature: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Outputs and features for a batch.
+
+        Args:
+            x: Inputs, as the data give them.
+            taps: Paths of the features that are wanted.
+            temperature: At which the outputs will be compared.
+
+        Returns:
+            The outputs in the teacher's own structure, and the features by path.
+        """
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the teacher's architecture or weights change."""
+
+    @abc.abstractmethod
+    def tap_specs(self, taps: Sequence[str]) -> dict[str, Any]:
+        """Symbolic features by path."""
+
+    def resolve(self, layer: Any) -> Any:
+        """Checked paths for names or layer objects.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        raise ValueError(f"{self!r} has no layers to read. Received: {layer!r}")
+
+    def heads(self) -> list[Head]:
+        """What the outputs are; asked only where logits are compared."""
+        flat = keras.tree.flatten(self.outputs)
+        return [
+            Head(name, (None, *tuple(output.shape)[1:]))
+            for name, output in zip(self.names, flat, strict=True)
+        ]
+
+    @property
+    def variables(self) -> list[Any]:
+        """All variables, none of which may be the student's."""
+        return []
+
+
+class Model(Teacher):
+    """A Keras model as teacher, with more to say about it.
+
+    It runs with `training=False` and is not changed: not its weights, not its
+    statistics, not its `trainable`.
+
+    Args:
+        model: Any built Keras model.
+        inputs: What of `x` it sees: a key, a list of keys, a function, None for all.
+        from_logits: Whether its outputs are logits. None finds out.
+        dtype: Lower precision to run in, such as `"bfloat16"`: casts a copy. Only for
+            functional and sequential models.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If it was never built, or cannot be copied for `dtype`.
+
+    Example:
+
+    ```python
+    teacher = kd.teachers.Model(big, inputs="image_large", from_logits=True)
+    distiller = kd.Distiller(student, teacher, student_inputs="image_small")
+    ```
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        *,
+        inputs: Any = None,
+        from_logits: bool | None = None,
+        dtype: Any = None,
+    ) -> None:
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"A teacher must be a keras.Model. Received: {model!r}")
+        self.spec = input_spec(model)
+        self.model = model if dtype is None else _in_precision(model, dtype)
+        self.inputs = inputs
+        self.from_logits = from_logits
+        self.dtype = dtype
+        self.outputs = symbolic_run(lambda x: call_model(model, x, False), self.spec)
+        self.names = output_names(model, self.outputs)
+
+    def __call__(
+        self, x: Any, taps: Sequence[str], temperature: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        x = select_inputs(plain_inputs(x), self.inputs)
+        if not taps:
+            return call_model(self.model, x, False), {}
+        return run_with_taps(self.model, x, taps, False)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def resolve(self, layer: Any) -> Any:
+        return paths_of(self.model, layer, "teacher_layer")
+
+    def tap_specs(self, taps: Sequence[str]) -> dict[str, Any]:
+        return symbolic_run(
+            lambda x: run_with_taps(self.model, x, taps, False)[1], self.spec
+        )
+
+    def heads(self) -> list[Head]:
+        return find_heads(
+            self.model,
+            self.outputs,
+            self.from_logits,
+            "kd.teachers.Model(model, from_logits=...)",
+            lambda: call_model(self.model, two_rows(self.spec), False),
+        )
+
+    @property
+    def variables(self) -> list[Any]:
+        return self.model.variables
+
+    def __repr__(self) -> str:
+        return f"teachers.Model({self.model.name!r})"
+
+
+class Absent(Teacher):
+    """What is left of a teacher in a distiller that was loaded without it."""
+
+    def __init__(self, memory: dict[str, Any]) -> None:
+        self.memory = memory
+        self.names = memory["names"]
+        self.outputs = [keras.KerasTensor(_shape(s)) for s in memory["shapes"]]
+
+    def __call__(self, x: Any, taps: Sequence[str], temperature: Any) -> Any:
+        raise ValueError(
+            "The distiller was loaded without its teacher. Before `fit`, give it back: "
+            "distiller.teacher = model"
+        )
+
+    def fingerprint(self) -> str:
+        return self.memory["fingerprint"]
+
+    def resolve(self, layer: Any) -> Any:
+        return layer
+
+    def tap_specs(self, taps: Sequence[str]) -> dict[str, Any]:
+        return {
+            tap: keras.KerasTensor(_shape(self.memory["taps"][tap])) for tap in taps
+        }
+
+    def heads(self) -> list[Head]:
+        return [
+            Head(name, _shape(shape), kind)
+            for name, shape, kind in zip(
+                self.names, self.memory["shapes"], self.memory["kinds"], strict=True
+            )
+        ]
+
+    def __repr__(self) -> str:
+        return "teachers.Absent()"
+
+
+def _shape(sizes: Sequence[int | None]) -> tuple[int | None, ...]:
+    return tuple(sizes)
+
+
+def as_teacher(teacher: Any) -> Teacher:
+    """Any teacher: a `Teacher`, a Keras model, or a list of either (an ensemble).
+
+    Raises:
+        TypeError: If it is none of those.
+    """
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, keras.Model):
+        return Model(teacher)
+    if isinstance(teacher, (list, tuple)):
+        from keras_distill.teachers.ensemble import Ensemble
+
+        return Ensemble(teacher)
+    raise TypeError(
+        "`teacher` must be a keras.Model, a list of models, or a kd.teachers.Teacher. "
+        f"Received: {teacher!r}"
+    )
+
+
+def fingerprint(model: keras.Model) -> str:
+    """A hash of a model's weights and config.
+
+    Names are left out: Keras numbers them anew in every process.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(_without_names(_config(model)), sort_keys=True).encode())
+    for variable in model.variables:
+        value = np.asarray(ops.convert_to_numpy(variable.value))
+        digest.update(f"{value.shape}{value.dtype}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def _config(model: keras.Model) -> Any:
+    try:
+        return keras.saving.serialize_keras_object(model)["config"]
+    except (NotImplementedError, TypeError, ValueError):
+        return type(model).__name__  # a subclassed model without get_config
+
+
+# Numbered anew in every process, or only there while a file is being written.
+_PASSING = (
+    "name",
+    "keras_history",
+    "input_layers",
+    "output_layers",
+    "inbound_nodes",
+    "shared_object_id",
+)
+
+
+def _without_names(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {k: _without_names(v) for k, v in config.items() if k not in _PASSING}
+    if isinstance(config, (list, tuple)):
+        return [_without_names(item) for item in config]
+    return config if isinstance(config, (str, int, float, bool)) else str(type(config))
+
+
+def _in_precision(model: keras.Model, dtype: Any) -> keras.Model:
+    """A copy of a functional or sequential model that computes in another dtype."""
+    policy = keras.dtype_policies.get(dtype)
+    for layer in model._flatten_layers(include_self=True):
+        nested = isinstance(layer, keras.Model)
+        if nested and getattr(layer, "_functional", None) is None:
+            if not hasattr(layer, "_inputs_struct"):
+                raise ValueError(
+                    f"`dtype` needs a functional or sequential teacher: {layer.name!r} "
+                    "is a subclassed model, which cannot be copied."
+                )
+    config = _with_dtype(keras.saving.serialize_keras_object(model), policy)
+    copy = keras.saving.deserialize_keras_object(config)
+    for source, target in zip(model.variables, copy.variables, strict=True):
+        target.assign(ops.cast(source.value, target.dtype))
+    return copy
+
+
+def _with_dtype(config: Any, policy: Any) -> Any:
+    if isinstance(config, dict):
+        changed = {key: _with_dtype(value, policy) for key, value in config.items()}
+        if "dtype" in changed and config.get("dtype") not in ("int32", "int64", "bool"):
+            changed["dtype"] = keras.saving.serialize_keras_object(policy)
+        return changed
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_dtype(item, policy) for item in config)
+    return config
+
