@@ -41,18 +41,28 @@ html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": False, "show_toc_level": 2}
 
 
-def _math(app: Any, what: str, name: str, obj: Any, options: Any, lines: list) -> None:
-    """Turns `$$ formula $$` of a docstring into a displayed formula."""
-    text = "\n".join(lines)
+def _markdown(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Turns the Markdown of a docstring, code blocks and formulas, into reST."""
     text = re.sub(
         r"^( *)\$\$(.+?)\$\$",
         lambda m: f"{m[1]}.. math::\n\n{m[1]}   " + " ".join(m[2].split()) + "\n",
-        text,
+        "\n".join(lines),
         flags=re.DOTALL | re.MULTILINE,
     )
-    lines[:] = text.split("\n")
+    lines.clear()
+    inside = False
+    for line in text.split("\n"):
+        fence = re.fullmatch(r"( *)```(\w*)", line)
+        if fence:
+            inside = not inside
+            start = f"{fence[1]}.. code-block:: {fence[2] or 'text'}"
+            lines.extend([start, ""] if inside else [""])
+        else:
+            lines.append(f"   {line}" if inside and line else line)
 
 
 def setup(app: Any) -> None:
     """Hooks."""
-    app.connect("autodoc-process-docstring", _math)
+    app.connect("autodoc-process-docstring", _markdown)

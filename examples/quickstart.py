@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 import time
@@ -38,6 +39,9 @@ from keras import layers
 import keras_distill as kd
 from keras_distill import datasets, report
 
+# Nine models trace nine functions, and TensorFlow takes that for a mistake.
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -53,7 +57,7 @@ class Setting:
 
 
 SETTINGS = {
-    "digits": Setting(1000, 100, (32, 64, 64), (4, 8), 40, 60),
+    "digits": Setting(1000, 100, (32, 64, 64), (4, 8), 30, 40),
     "mnist": Setting(10000, 100, (32, 64, 64), (4, 8, 8), 10, 20),
     "cifar10": Setting(20000, 2000, (64, 128, 256, 256), (16, 32, 32), 20, 20, 128),
 }
@@ -204,18 +208,23 @@ def plot(runs: Sequence[Run], table: report.Comparison, path: Path) -> None:
     left.legend(loc="lower right")
     left.grid(alpha=0.3)
 
-    for row in table.rows:
-        accuracy = 100 * row.accuracy
-        right.bar(
-            f"{row.name.replace(' ', chr(10))}\n{row.parameters:,} parameters",
-            accuracy,
-            yerr=100 * (row.accuracy_spread or 0),
-            color=colors[row.name],
-            capsize=4,
+    for i, row in enumerate(table.rows):
+        accuracy, spread = 100 * row.accuracy, 100 * (row.accuracy_spread or 0)
+        right.errorbar(i, accuracy, spread, fmt="o", color=colors[row.name], capsize=5)
+        right.annotate(
+            f"{accuracy:.1f}", (i, accuracy), (8, -3), textcoords="offset points"
         )
-    low = 100 * min(row.accuracy for row in table.rows)
-    right.set(ylim=(max(0, low - 10), 101), ylabel="test accuracy (%)", title="Test")
-    right.tick_params(axis="x", labelsize=8)
+    labels = [
+        f"{row.name.removeprefix('student ')}\n{row.parameters:,}\nparameters"
+        for row in table.rows
+    ]
+    right.set_xticks(range(len(labels)), labels)
+    right.set(
+        xlim=(-0.5, len(labels) - 0.3),
+        ylabel="test accuracy (%)",
+        title="Test: mean and standard deviation",
+    )
+    right.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

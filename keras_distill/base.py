@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -21,6 +21,7 @@ from keras_distill.links import (
 from keras_distill.logs import Logs
 from keras_distill.losses.base import PACKAGE, number, reduce_values
 from keras_distill.steps_tensorflow import Steps
+from keras_distill.tables import text_table
 from keras_distill.weighting import (
     Labels,
     by_output,
@@ -36,6 +37,18 @@ from keras_distill.weighting import (
 )
 
 RESERVED = ("loss", "hard", "soft", "agreement", "regularization", "skipped")
+
+
+class Counted(NamedTuple):
+    """A term that counts other than by the batch's rows: by those with a label.
+
+    Attributes:
+        value: The unweighted scalar.
+        rows: By how many rows the epoch's mean weights it.
+    """
+
+    value: Any
+    rows: Any
 
 
 class TermWeights(MutableMapping):
@@ -147,6 +160,7 @@ class BaseDistiller(Steps, keras.Model):
         self._logs = Logs()
         self._logs.add("hard_loss")
         self._logs.add("labelled", shown=False)  # counts rows with labels
+        self._logs.add("dropped", shown=False)  # counts rows of dropped batches
         self._logs.add("steps", shown=False)  # counts the epoch's steps
         self._epoch = self._scalar("epoch", 0.0)
         self._class_weight: tuple[tuple[int, float], ...] | None = None
@@ -187,7 +201,8 @@ class BaseDistiller(Steps, keras.Model):
             training: False in `evaluate`, where whatever needs a teacher is left out.
 
         Returns:
-            The student's outputs, and the unweighted scalar terms by name.
+            The student's outputs, and the unweighted scalar terms by name; `Counted`
+            where the log of a term counts only rows with labels.
         """
         return self.run_student(x, training), {}
 
@@ -224,6 +239,10 @@ class BaseDistiller(Steps, keras.Model):
             if share is not None:
                 weight = weight * ops.cast(share.rows > 0, weight.dtype)
         self._logs.update(name, values, weight)
+
+    def log_term(self, name: str, value: Any) -> None:
+        """Records a term in a declared log without adding it to the loss."""
+        self._logs.update(name, _unscaled(value), current_rows())
 
     def _weight_variable(self, name: str, value: float) -> Any:
         return self._scalar(f"{name}_weight", value)
@@ -269,27 +288,14 @@ class BaseDistiller(Steps, keras.Model):
         Also records all logs. In evaluation the compiled loss counts with weight 1.
         """
         labels, weights = self._read(y, sample_weight, training)
-        share = current_share()
-        scaled = weights
-        if share is not None:
-            ones = ops.ones((current_rows(padded=True),))
-            scaled = [
-                (ones if w is None else ops.cast(w, "float32")) * share.factor
-                for w in weights
-            ]
+        scaled = self._scaled(weights)
         outputs, terms = self.compute_terms(x, y, self._one_weight(scaled), training)
         losses = {}
         hard = self.hard_loss(labels, outputs, scaled, weights)
         if hard is not None and "hard" in self._terms:
             losses["hard"] = hard * self._terms["hard"] if training else hard
         for term, value in terms.items():
-            value = ops.cast(value, "float32")
-            losses[term] = value * self._terms[term]
-            rows = current_rows()
-            active = self.term_active(term)
-            if active is not None:
-                rows = rows * ops.cast(active, "float32")
-            self._logs.update(f"{term}_loss", _unscaled(value), rows)
+            losses[term] = self._weighted(term, value)
         extra = self.regularization()
         if extra is not None:
             losses["regularization"] = extra
@@ -298,21 +304,51 @@ class BaseDistiller(Steps, keras.Model):
                 "There is no loss to compute: no labels, or no `loss` in compile(), "
                 "and no other term."
             )
-        total = ops.sum(ops.stack(list(losses.values())))
+        self._log_total(list(losses.values()))
+        return losses
+
+    def _scaled(self, weights: list[Any]) -> list[Any]:
+        """The weights of the outputs with this replica's scale."""
+        share = current_share()
+        if share is None:
+            return weights
+        ones = ops.ones((current_rows(padded=True),))
+        return [
+            (ones if w is None else ops.cast(w, "float32")) * share.factor
+            for w in weights
+        ]
+
+    def _weighted(self, term: str, value: Any) -> Any:
+        """A term as it is differentiated; also records it."""
+        value, labelled = value if isinstance(value, Counted) else (value, None)
+        value = ops.cast(value, "float32")
+        rows = current_rows() if labelled is None else labelled
+        active = self.term_active(term)
+        if active is not None:
+            rows = rows * ops.cast(active, "float32")
+        self._logs.update(f"{term}_loss", _unscaled(value, labelled), rows)
+        return value * self.term_weight(term)
+
+    def _log_total(self, losses: list[Any]) -> None:
+        total = ops.sum(ops.stack(losses))
         self._loss_tracker.update_state(
             _unscaled(ops.stop_gradient(total)), current_rows()
         )
-        return losses
 
     def term_active(self, term: str) -> Any:
         """Whether a term was computed in this step: None (always) or a boolean."""
         return None
 
-    def regularization(self) -> Any:
-        """Regularisation losses of student and adapters, this replica's part."""
-        if not self.losses:
+    def term_weight(self, term: str) -> Any:
+        """The weight of a term in this step."""
+        return self._terms[term]
+
+    def regularization(self, layer: keras.Layer | None = None) -> Any:
+        """Regularisation losses of a layer (by default all), this replica's part."""
+        losses = (layer or self).losses
+        if not losses:
             return None
-        total = ops.sum(ops.stack([ops.cast(l, "float32") for l in self.losses]))
+        total = ops.sum(ops.stack([ops.cast(loss, "float32") for loss in losses]))
         share = current_share()
         return total if share is None else total / share.replicas
 
@@ -330,44 +366,102 @@ class BaseDistiller(Steps, keras.Model):
         Returns:
             A scalar, or None without labels or without a compiled loss.
         """
-        if all(label is None for label in labels):
+        if _all_none(labels):
             return None
-        flat = keras.tree.flatten(outputs)
+        y, shown, loss_weights, rows = self._for_losses(labels, outputs, scaled)
+        self._logs.update("labelled", 1.0, rows)
+        if self._compile_metrics is not None:
+            plain = self._metric_weights(outputs, weights)
+            self._compile_metrics.update_state(y, shown, plain)
+        if self._compile_loss is None:
+            return None
+        hard = ops.cast(self._compile_loss(y, shown, loss_weights), "float32")
+        self._logs.update("hard_loss", _unscaled(hard, rows), rows)
+        return hard
+
+    def label_loss(
+        self, y: Any, outputs: Any, sample_weight: Any, log: str | None = None
+    ) -> Counted | None:
+        """The compiled loss of any outputs: of a branch, an exit or a peer.
+
+        Unlike `hard_loss` it is for use inside `compute_terms`, and updates no
+        compiled metric.
+
+        Args:
+            y: Labels, as `compute_terms` gets them.
+            outputs: Outputs of the student's structure and shapes.
+            sample_weight: Weights, as `compute_terms` gets them.
+            log: Name of a declared log that records the value.
+
+        Returns:
+            The scalar, which may be (part of) a term, and the rows it counts; None
+            without labels or without a compiled loss.
+        """
+        labels, weights = self._read(y, sample_weight, training=False)
+        if _all_none(labels) or self._compile_loss is None:
+            return None
+        y, shown, loss_weights, rows = self._for_losses(labels, outputs, weights)
+        value = ops.cast(self._compile_loss(y, shown, loss_weights), "float32")
+        if log is not None:
+            self._logs.update(log, _unscaled(value, rows), rows)
+        return Counted(value, rows)
+
+    def log_accuracy(self, log: str, y: Any, logits: Any) -> None:
+        """Records how often the largest logit is the label's; for one output.
+
+        Nothing is recorded without labels, or where labels are no classes.
+        """
+        label = self._read(y, None, training=False)[0][0]
+        if label is None or label.classes is None:
+            return
+        found = ops.cast(ops.argmax(logits, -1), "int32")
+        right = ops.cast(found == label.classes, "float32")
+        weight = ops.ones_like(right)
+        for mask in (label.valid, getattr(logits, "_keras_mask", None)):
+            weight = weight if mask is None else weight * ops.cast(mask, "float32")
         share = current_share()
-        shown, loss_weights, metric_weights = [], [], []
-        for label, output, weight, plain in zip(
-            labels, flat, scaled, weights, strict=True
-        ):
-            valid = None if label is None else label.valid
-            shown.append(hand_on(output, valid))
-            values = output[..., 0] if len(output.shape) > 1 else output
-            values = ops.cast(values, "float32")
-            mask = getattr(shown[-1], "_keras_mask", None)
-            weight = for_masked(weight, mask)
-            loss_weights.append(full(weight, values))
+        if share is not None:
+            weight = weight * ops.cast(share.rows > 0, "float32")
+        self._logs.update(log, right, weight)
+
+    def _metric_weights(self, outputs: Any, weights: list[Any]) -> Any:
+        """Weights as Keras's metrics take them: without this replica's scale."""
+        share = current_share()
+        result = []
+        for output, weight in zip(keras.tree.flatten(outputs), weights, strict=True):
             if share is not None:
                 here = ops.cast(share.rows > 0, "float32")
-                plain = here if plain is None else ops.cast(plain, "float32") * here
-            metric_weights.append(full(plain, values))
+                weight = here if weight is None else ops.cast(weight, "float32") * here
+            result.append(full(weight, _values_of(output)))
+        if _all_none(result):
+            return None
+        return keras.tree.pack_sequence_as(outputs, result)
+
+    def _for_losses(
+        self, labels: list[Labels | None], outputs: Any, scaled: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        """Labels, outputs and weights as Keras's losses take them; rows that count."""
+        share = current_share()
+        shown, weights = [], []
+        flat = keras.tree.flatten(outputs)
+        for label, output, weight in zip(labels, flat, scaled, strict=True):
+            valid = None if label is None else label.valid
+            values = _values_of(output)
+            if share is not None:  # metrics must not see a padding row
+                present = ops.ones_like(values) * ops.cast(share.rows, "float32") > 0
+                valid = present if valid is None else valid & present
+            shown.append(hand_on(output, valid))
+            mask = getattr(shown[-1], "_keras_mask", None)
+            weights.append(full(for_masked(weight, mask), values))
 
         def pack(items: list[Any]) -> Any:
             return keras.tree.pack_sequence_as(outputs, items)
 
-        y = pack([None if label is None else label.values for label in labels])
         rows = current_rows()
         if len(flat) == 1 and labels[0] is not None and labels[0].valid is not None:
             rows = _valid_rows(labels[0].valid, rows)
-        self._logs.update("labelled", 1.0, rows)
-        if self._compile_metrics is not None:
-            self._compile_metrics.update_state(
-                y, pack(shown), _or_none(pack, metric_weights)
-            )
-        if self._compile_loss is None:
-            return None
-        hard = self._compile_loss(y, pack(shown), _or_none(pack, loss_weights))
-        hard = ops.cast(hard, "float32")
-        self._logs.update("hard_loss", _unscaled(hard, rows), rows)
-        return hard
+        y = pack([None if label is None else label.values for label in labels])
+        return y, pack(shown), None if _all_none(weights) else pack(weights), rows
 
     def _read(
         self, y: Any, sample_weight: Any, training: bool
@@ -411,7 +505,31 @@ class BaseDistiller(Steps, keras.Model):
         kinds = [{label_kind(item) for item in as_list(one)} for one in losses]
         return [next(iter(k)) if len(k) == 1 else None for k in kinds]
 
+    def epoch_ended(self, logs: dict[str, Any]) -> None:
+        """Called by `fit` after each epoch, with its logs, before the callbacks."""
+
+    def describe_term(self, name: str) -> dict[str, str]:
+        """What `summary` says of a term, by column; a subclass knows more."""
+        if name != "hard":
+            return {}
+        loss = getattr(self, "_compiled_loss", None)
+        if isinstance(loss, keras.losses.Loss):
+            return {"loss": loss.name}
+        return {"loss": loss if isinstance(loss, str) else "as compiled"}
+
     # -- Keras ----------------------------------------------------------------------
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        """Prints the layers, as `keras.Model.summary`, and a table of the terms."""
+        super().summary(*args, **kwargs)
+        columns = ["loss", "student → teacher", "shapes", "adapter parameters"]
+        rows = []
+        for name, weight in self._terms.items():
+            told = self.describe_term(name)
+            cells = [told.get(column, "") for column in columns]
+            rows.append([name, f"{number(weight):g}", *cells])
+        show = kwargs.get("print_fn") or print
+        show(text_table(["term", "weight", *columns], rows))
 
     def call(self, x: Any, training: bool | None = None) -> Any:
         return self.run_student(x, bool(training))
@@ -473,7 +591,7 @@ class BaseDistiller(Steps, keras.Model):
         optimizer = keras.optimizers.get(optimizer)
         self._check_compile(optimizer, jit_compile, check_finite, across_replicas)
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        if auto_scale_loss and not scaled and self._computes_in_float16():
+        if auto_scale_loss and not scaled and computes_in_float16(self):
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         if skip_nonfinite and "skipped" not in self._logs:
             self._logs.add("skipped")
@@ -486,8 +604,8 @@ class BaseDistiller(Steps, keras.Model):
         }
         self._jit_compile_argument = jit_compile
         self._compiled_loss = loss
-        self._compile_loss = None
-        self._compile_metrics = None
+        self._compile_loss: Any = None
+        self._compile_metrics: Any = None
         super().compile(
             optimizer=optimizer,
             loss=loss,
@@ -506,10 +624,6 @@ class BaseDistiller(Steps, keras.Model):
         if self.optimizer is not None and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
         return self
-
-    def _computes_in_float16(self) -> bool:
-        layers = self._flatten_layers(include_self=False)
-        return any(layer.compute_dtype == "float16" for layer in layers)
 
     def get_compile_config(self) -> dict[str, Any] | None:
         config = super().get_compile_config()
@@ -538,7 +652,7 @@ class BaseDistiller(Steps, keras.Model):
         return self.get_metrics_result()
 
     def _compiled_results(self) -> dict[str, Any]:
-        results = {}
+        results: dict[str, Any] = {}
         if self._compile_loss is not None:
             results |= {m.name: m.result() for m in self._compile_loss.metrics}
         if self._compile_metrics is not None:
@@ -572,6 +686,12 @@ class BaseDistiller(Steps, keras.Model):
         )
 
 
+def computes_in_float16(layer: keras.Layer) -> bool:
+    """Whether any layer inside computes in float16: gradients then need a scale."""
+    layers = layer._flatten_layers(include_self=False)
+    return any(inner.compute_dtype == "float16" for inner in layers)
+
+
 def _output_weights(weights: Any, names: list[str]) -> dict[str, float]:
     if weights is None:
         return {}
@@ -592,8 +712,13 @@ def _output_weights(weights: Any, names: list[str]) -> dict[str, float]:
     return {name: number(weight) for name, weight in weights.items()}
 
 
-def _or_none(pack: Any, weights: list[Any]) -> Any:
-    return None if all(w is None for w in weights) else pack(weights)
+def _all_none(values: list[Any]) -> bool:
+    return all(value is None for value in values)
+
+
+def _values_of(output: Any) -> Any:
+    """Something of the shape of an output's loss values: one per position."""
+    return ops.cast(output[..., 0] if len(output.shape) > 1 else output, "float32")
 
 
 def _valid_rows(valid: Any, rows: Any) -> Any:

@@ -21,6 +21,7 @@ from keras_distill.links import (
     call_model,
     paths_of,
     run_with_taps,
+    show_layers,
     symbolic_run,
 )
 from keras_distill.losses.base import (
@@ -159,15 +160,16 @@ class Distiller(BaseDistiller):
             loss.temperature = self._temperature
         self.add_term("soft", 0.9 if beta is None else beta)
         self._matches = self._match_outputs(isinstance(loss, DistillationLoss))
-        combine = getattr(self.teacher, "combine", None)
-        if hasattr(loss, "temperatures") and combine == "arithmetic":
-            raise ValueError(
-                f"{type(loss).__name__} compares at several temperatures; an "
-                "arithmetic ensemble has one. Use combine='geometric'."
-            )
+        self._check_teacher(self.teacher)
         if isinstance(loss, DistillationLoss):
             for match in self._matches:
                 self.add_log(self._agreement_log(match))
+
+    def _check_teacher(self, teacher: Teacher) -> None:
+        """Raises ValueError if the soft loss asks for what a teacher does not have."""
+        teacher.check_loss(self._soft_loss)
+        has_one = self._temperature is not None
+        teacher.check_temperature(number(self._temperature) if has_one else 1.0)
 
     def _match_outputs(self, logits: bool) -> list[Match]:
         flat = keras.tree.flatten(self._symbolic_outputs)
@@ -313,7 +315,7 @@ class Distiller(BaseDistiller):
         if not training:
             return self.run_student(x, training), {}
         outputs, features = self.run_student(x, training, self._student_taps)
-        names = self._transfer_terms
+        names = self.teacher_terms
         if not names:
             return outputs, {}
         adapted = {
@@ -356,8 +358,11 @@ class Distiller(BaseDistiller):
             student, teacher = flat[match.student_index], flat_known[match.teacher_index]
             if isinstance(self._soft_loss, DistillationLoss):
                 student = match.student.logits(student)
-                teacher = match.teacher.logits(teacher)
-                terms[self._agreement_log(match)] = _agreement(teacher, student)
+                chosen = match.teacher.chosen(teacher)
+                terms[self._agreement_log(match)] = _agreement(chosen, student)
+                teacher, student = match.teacher.against(
+                    teacher, student, self._teacher_temperature
+                )
             # Only now: a copy of probabilities loses the logits attached to them.
             teacher = ops.stop_gradient(teacher)
             weight = sample_weight
@@ -391,12 +396,13 @@ class Distiller(BaseDistiller):
         return tuple(link.name for link in self.links)
 
     @property
-    def _transfer_terms(self) -> list[str]:
+    def teacher_terms(self) -> list[str]:
+        """Terms that need the teacher."""
         return ["soft"] * bool(self._matches) + list(self.link_names)
 
     def term_active(self, term: str) -> Any:
         """The teacher runs while any weight that needs it is above 0."""
-        names = self._transfer_terms
+        names = self.teacher_terms
         if term not in names:
             return None
         weights = ops.stack([self._terms[n].value for n in names])
@@ -441,7 +447,13 @@ class Distiller(BaseDistiller):
             )
         for tap in self._teacher_taps:
             teacher.resolve(tap)
+        if self._soft_loss is not None:
+            self._check_teacher(teacher)
         self.__dict__["_teacher"] = teacher
+        if self._soft_loss is not None:  # its outputs may be of another kind
+            self._matches = self._match_outputs(
+                isinstance(self._soft_loss, DistillationLoss)
+            )
         self.train_function = None
 
     @property
@@ -454,6 +466,7 @@ class Distiller(BaseDistiller):
     @temperature.setter
     def temperature(self, value: Any) -> None:
         check_positive("temperature", value)
+        self.teacher.check_temperature(number(value))
         self.temperature.assign(number(value))
 
     @property
@@ -471,6 +484,28 @@ class Distiller(BaseDistiller):
     def soft_loss(self) -> Any:
         """The loss of the soft term, or None."""
         return self._soft_loss
+
+    def describe_term(self, name: str) -> dict[str, str]:
+        if name == "soft":
+            pairs = [f"{match.name} → {match.name}" for match in self._matches]
+            shapes = [f"{m.student.shape} → {m.teacher.shape}" for m in self._matches]
+            return {
+                "loss": self._soft_loss.name,
+                "student → teacher": ", ".join(pairs),
+                "shapes": ", ".join(shapes),
+            }
+        for link in self.links:
+            if link.name == name:
+                adapters = [a for a in (link.adapter, link.teacher_adapter) if a]
+                count = sum(adapter.count_params() for adapter in adapters)
+                return {
+                    "loss": link.loss.name,
+                    "student → teacher": f"{show_layers(link.student_layer)} → "
+                    f"{show_layers(link.teacher_layer)}",
+                    "shapes": "{} → {}".format(*link.shapes),
+                    "adapter parameters": f"{count:,}",
+                }
+        return super().describe_term(name)
 
     # -- saving ---------------------------------------------------------------------
 
@@ -533,7 +568,7 @@ class Distiller(BaseDistiller):
     def load_assets(self, dir_path: str) -> None:
         path = os.path.join(dir_path, "teacher.keras")
         if os.path.exists(path):
-            self.teacher = keras.saving.load_model(path, compile=False)
+            self._set_teacher(Model(keras.saving.load_model(path, compile=False)))
 
 
 def _soft_loss(loss: Any, temperature: Any, beta: Any) -> Any:
@@ -577,9 +612,10 @@ def _apply_loss(loss: Any, known: Any, own: Any, labels: Any, weight: Any) -> An
     return reduce_values(ops.cast(values, "float32"), weight, mask, loss.reduction)
 
 
-def _agreement(teacher: Any, student: Any) -> Any:
+def _agreement(chosen: Any, student: Any) -> Any:
     """Share of this replica's valid positions where both choose the same class."""
-    same = ops.cast(ops.argmax(teacher, -1) == ops.argmax(student, -1), "float32")
+    own = ops.argmax(student, -1)
+    same = ops.cast(ops.cast(chosen, own.dtype) == own, "float32")
     mask = getattr(student, "_keras_mask", None)
     if mask is None:
         return ops.mean(same)

@@ -15,6 +15,16 @@ def replicas() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one that writes files (always, if it is alone)."""
+    resolver = strategy.cluster_resolver
+    if resolver is None or not resolver.cluster_spec().as_dict():
+        return True
+    kind, index = resolver.task_type, resolver.task_id
+    has_chief = "chief" in resolver.cluster_spec().as_dict()
+    return kind == "chief" or (not has_chief and kind == "worker" and index == 0)
+
+
 def all_reduce(value: Any) -> Any:
     """Sums tensors over the replicas (called on one of them)."""
     context = tf.distribute.get_replica_context()
@@ -96,11 +106,12 @@ def apply(optimizer: Any, gradients: list[Any], variables: list[Any], ok: Any) -
         optimizer.apply(parts, targets)
         return
 
-    def on_replica() -> None:
+    def on_replica() -> Any:
         optimizer.apply(parts, targets)
+        return tf.no_op()
 
     if count == 1:
-        tf.cond(ok, lambda: on_replica() or tf.no_op(), tf.no_op)
+        tf.cond(ok, on_replica, tf.no_op)
         return
 
     # A cond with a collective inside is only allowed outside of the replicas.

@@ -52,6 +52,20 @@ class Head:
             return self._from_probabilities(output)
         return self._two_classes(output, output)
 
+    def chosen(self, output: Any) -> Any:
+        """The class with the highest score, of shape `(...)`."""
+        return ops.argmax(self.logits(output), -1)
+
+    def against(self, output: Any, student: Any, temperature: Any) -> tuple[Any, Any]:
+        """This teacher's logits and the student's, over the classes that both keep.
+
+        Args:
+            output: What the teacher said.
+            student: The student's logits, `(..., classes)`.
+            temperature: At which they will be compared.
+        """
+        return self.logits(output), student
+
     def _two_classes(self, logits: Any, output: Any) -> Any:
         if logits.shape[-1] != 1:
             return logits if logits is output else with_mask_of(output, logits)

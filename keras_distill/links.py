@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from keras_distill.losses.base import number
+from keras_distill.losses.base import DistillationLoss, number
 
 
 class Link:
@@ -83,6 +83,7 @@ class Link:
         self.weight = weight
         self.adapter = adapter
         self.teacher_adapter = teacher_adapter
+        self.shapes: tuple[Any, Any] | None = None  # known once a distiller has it
         self.name = name or "-".join(
             (item if isinstance(item, str) else item.name).replace("/", "-")
             for item in as_list(student_layer)
@@ -93,7 +94,7 @@ class Link:
         if isinstance(adapter, keras.Layer):
             adapter = type(adapter).__name__
         return (
-            f"Link({_show(self.student_layer)} → {_show(self.teacher_layer)}, "
+            f"Link({show_layers(self.student_layer)} → {show_layers(self.teacher_layer)}, "
             f"{_show_loss(self.loss)}, weight={number(self.weight):g}, "
             f"adapter={adapter!r}, name={self.name!r})"
         )
@@ -157,13 +158,14 @@ def _check_layer(argument: str, value: Any, expected: str) -> None:
         raise TypeError(f"`{argument}` must be {expected}. Received: {value!r}")
 
 
-def _show(layer: Any) -> str:
+def show_layers(layer: Any) -> str:
+    """The names of a layer or of several."""
     names = [item if isinstance(item, str) else item.name for item in as_list(layer)]
     return ", ".join(names)
 
 
 def _show_loss(loss: Any) -> str:
-    return loss.name if type(loss).__repr__ is object.__repr__ else repr(loss)
+    return repr(loss) if isinstance(loss, DistillationLoss) else loss.name
 
 
 # -- layers by path -----------------------------------------------------------------
@@ -329,7 +331,7 @@ def call_model(model: keras.Layer, x: Any, training: bool) -> Any:
 class _Symbolic(keras.Operation):
     def __init__(self, fn: Any) -> None:
         super().__init__()
-        self.call = fn  # type: ignore[method-assign]
+        self.call = fn
 
 
 def symbolic_run(fn: Any, *args: Any) -> Any:

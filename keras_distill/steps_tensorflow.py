@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_distill import distribute
+from keras_distill.data import reads_epoch, set_epoch
 from keras_distill.links import symbolic_run
+from keras_distill.losses.base import number
 from keras_distill.weighting import Share, this_share
 
 
 class EpochCounter(keras.callbacks.Callback):
-    """Tells the distiller which epoch it is in."""
+    """Tells the distiller which epoch it is in, and the user what it dropped."""
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.model._epoch.assign(epoch)
+        set_epoch(epoch)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.model.epoch_ended(logs or {})
+        rows = self.model._dropped_rows()
+        if rows:
+            warnings.warn(
+                f"{rows} rows of epoch {epoch} were dropped: their batch left a replica "
+                "without rows, which synchronized BatchNormalization cannot train on. "
+                "Choose a batch size whose last batch has a row for every replica.",
+                stacklevel=2,
+            )
 
 
 class Steps:
@@ -35,10 +50,10 @@ class Steps:
                 distribute.sum_gradients(tape.gradient(group, _values(variables)))
                 for group in groups
             ]
-            ok = self._finite(gradients)
             self._log_gradient_shares(tape, losses)
+            ok, statistics_ok = self._verdict(gradients, share)
             self._apply(gradients, variables, ok)
-            self._restore(saved, ok, share)
+            _restore(saved, ok, self._statistics(), statistics_ok)
             self._logs.update("steps", 1.0, 1.0)
             return self._step_results(share)
 
@@ -58,7 +73,9 @@ class Steps:
 
     def _tape(self: Any) -> tf.GradientTape:
         """A tape that records what is trained, and never a teacher."""
-        several = self._options["gradient_policy"] or self._options["log_gradient_share"]
+        several = (
+            self._options["gradient_policy"] or self._options["log_gradient_share"]
+        )
         return tf.GradientTape(bool(several), watch_accessed_variables=False)
 
     def _groups(self: Any, losses: dict[str, Any]) -> list[Any]:
@@ -78,16 +95,14 @@ class Steps:
         """Terms that are transfer from links: see `gradient_policy`."""
         return ()
 
-    def _finite(self: Any, gradients: list[list[Any]]) -> Any:
-        if not self._options["skip_nonfinite"]:
-            return None
-        dense = [_dense(g) for group in gradients for g in group if g is not None]
-        ok = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in dense])
-        self._logs.update("skipped", tf.where(ok, 0.0, 1.0), 1.0)
-        return ok
-
-    def _apply(self: Any, groups: list[list[Any]], variables: list[Any], ok: Any) -> None:
-        optimizer = self.optimizer
+    def _apply(
+        self: Any,
+        groups: list[list[Any]],
+        variables: list[Any],
+        ok: Any,
+        optimizer: Any = None,
+    ) -> None:
+        optimizer = optimizer or self.optimizer
         policy = self._options["gradient_policy"]
         gradients = groups[0]
         if policy or distribute.replicas() > 1:
@@ -116,7 +131,9 @@ class Steps:
         def shares() -> Any:
             norms = []
             for name in names:
-                gradients = distribute.sum_gradients(tape.gradient(losses[name], values))
+                gradients = distribute.sum_gradients(
+                    tape.gradient(losses[name], values)
+                )
                 some = [_dense(g) for g in gradients if g is not None]
                 norms.append(tf.linalg.global_norm(some) if some else tf.zeros(()))
             return tf.math.divide_no_nan(tf.stack(norms), tf.add_n(norms))
@@ -143,44 +160,106 @@ class Steps:
         message = "The teacher's outputs hold NaN or infinity in batch"
         tf.debugging.Assert(finite, [message, step])
 
+    def terms_of_batch(
+        self: Any, batch: Any
+    ) -> dict[str, tuple[float | None, float, float]]:
+        """Value, weight and norm of the weighted gradient of every term on one batch.
+
+        As in a training step, but nothing is changed.
+        """
+        data = keras.tree.map_structure(
+            lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), batch
+        )
+        self._symbolic_build(data_batch=data)
+        x, y, sample_weight, share = self._unpack(data)
+        values = _values(self.student.trainable_variables)
+        states = [*self.non_trainable_variables]
+        states += [v for metric in self.metrics for v in metric.variables]
+        saved = [(v, tf.identity(v.value)) for v in states]
+        try:
+            self.reset_metrics()
+            with (
+                this_share(share),
+                tf.GradientTape(True, watch_accessed_variables=False) as tape,
+            ):
+                tape.watch(values)
+                losses = self.weighted_losses(x, y, sample_weight, training=True)
+            return {
+                name: self._term_of_batch(name, loss, tape.gradient(loss, values))
+                for name, loss in losses.items()
+            }
+        finally:
+            for variable, before in saved:
+                variable.assign(before)
+
+    def _term_of_batch(
+        self: Any, name: str, loss: Any, gradients: list[Any]
+    ) -> tuple[float | None, float, float]:
+        some = [_dense(g) for g in gradients if g is not None]
+        norm = float(tf.linalg.global_norm(some)) if some else 0.0
+        if name not in self._terms:
+            return float(loss), 1.0, norm
+        log = f"{name}_loss"
+        value = float(self._logs.results([log])[log]) if self._logs.ran(log) else None
+        return value, number(self._terms[name]), norm
+
     # -- a batch that must not count ------------------------------------------------
 
-    def _snapshot(self: Any, share: Share) -> list[tuple[Any, Any]]:
-        """Everything a step changes besides what the optimizer does."""
+    def _verdict(
+        self: Any, gradients: list[list[Any]], share: Share, log: bool = True
+    ) -> Any:
+        """Whether the batch counts, and whether its statistics do; None for surely."""
+        ok = None
         if self._options["skip_nonfinite"]:
-            own = {id(v) for v in self._own_variables()}
+            dense = [_dense(g) for group in gradients for g in group if g is not None]
+            ok = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in dense])
+            if log:
+                self._logs.update("skipped", tf.where(ok, 0.0, 1.0), 1.0)
+        if share.replicas == 1:
+            return ok, ok
+        empty = distribute.all_reduce(tf.cast(tf.equal(share.rows, 0), tf.float32))
+        full = tf.equal(empty, 0)
+        if self._drops_ragged(share):
+            if log:
+                self._logs.update("dropped", 1.0, tf.where(full, 0.0, share.rows))
+            ok = full if ok is None else tf.logical_and(ok, full)
+        return ok, (full if ok is None else tf.logical_and(ok, full))
+
+    def _drops_ragged(self: Any, share: Share) -> bool:
+        """With synchronized statistics a padding row would reach every replica."""
+        return share.replicas > 1 and any(
+            layer.synchronized for layer in self._normalizations()
+        )
+
+    def _dropped_rows(self: Any) -> int:
+        return int(self._logs.count("dropped").numpy())
+
+    def _snapshot(self: Any, share: Share) -> list[tuple[Any, Any]]:
+        """What a step changes besides what the optimizer does."""
+        if self._options["skip_nonfinite"] or self._drops_ragged(share):
+            own = {id(v) for v in (*self._terms.values(), self._epoch)}
             states = [v for v in self.non_trainable_variables if id(v) not in own]
-            states += [v for m in self.metrics if m.name != "skipped" for v in m.variables]
-        elif share.replicas > 1:
-            states = self._statistics()
+            states += [
+                variable
+                for metric in self.metrics
+                if metric.name not in ("skipped", "dropped")
+                for variable in metric.variables
+            ]
         else:
-            states = []
+            states = self._statistics() if share.replicas > 1 else []
         return [(v, tf.identity(v.value)) for v in states]
 
-    def _restore(self: Any, saved: list[tuple[Any, Any]], ok: Any, share: Share) -> None:
-        if not saved:
-            return
-        keep = tf.constant(True) if ok is None else ok
-        statistics = {id(v) for v in self._statistics()}
-        complete = keep
-        if share.replicas > 1:
-            empty = distribute.all_reduce(tf.cast(tf.equal(share.rows, 0), tf.float32))
-            complete = tf.logical_and(keep, tf.equal(empty, 0))
-        for variable, before in saved:
-            good = complete if id(variable) in statistics else keep
-            variable.assign(tf.where(good, variable.value, before))
-
-    def _statistics(self: Any) -> list[Any]:
-        """Moving statistics of normalisation layers."""
+    def _normalizations(self: Any) -> list[Any]:
         return [
-            v
+            layer
             for layer in self._flatten_layers(include_self=False)
             if isinstance(layer, keras.layers.BatchNormalization)
-            for v in layer.non_trainable_variables
         ]
 
-    def _own_variables(self: Any) -> list[Any]:
-        return [*self._terms.values(), self._epoch]
+    def _statistics(self: Any) -> list[Any]:
+        """Moving statistics, which a padding row would spoil."""
+        layers = self._normalizations()
+        return [v for layer in layers for v in layer.non_trainable_variables]
 
     # -- Keras ----------------------------------------------------------------------
 
@@ -207,13 +286,21 @@ class Steps:
         Returns:
             Keras's History.
         """
+        if kwargs.get("steps_per_epoch") is not None and reads_epoch(x):
+            raise ValueError(
+                "`steps_per_epoch` cannot go with data that depend on the epoch: Keras "
+                "would begin an epoch with rows of the one before. Use `.take(n)` on "
+                "the data set instead."
+            )
         self._set_class_weight(class_weight)
         counter = EpochCounter()
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(counter)
         else:
-            callbacks = [counter, *keras.tree.flatten(callbacks or [])]
-        return super().fit(
+            callbacks = _in_order(keras.tree.flatten(callbacks or []))
+            callbacks = [counter, *callbacks]
+        self._initial_epoch = None  # a callback that resumed leaves its epoch there
+        return super().fit(  # type: ignore[misc]
             x=x,
             y=y,
             batch_size=batch_size,
@@ -242,10 +329,14 @@ class Steps:
             self._class_weight = new
             self.train_function = None  # the weights are constants of its graph
 
-    def _maybe_symbolic_build(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
+    def _maybe_symbolic_build(
+        self: Any, iterator: Any = None, data_batch: Any = None
+    ) -> None:
         self._symbolic_build(iterator, data_batch)
 
-    def _symbolic_build(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
+    def _symbolic_build(
+        self: Any, iterator: Any = None, data_batch: Any = None
+    ) -> None:
         """Creates the variables of compiled losses and metrics before any graph."""
         parts = (self._compile_loss, self._compile_metrics)
         if all(part is None or part.built for part in parts):
@@ -297,11 +388,32 @@ class Steps:
                 "`gradient_accumulation_steps` is not supported under a strategy. "
                 "Use a larger batch."
             )
-        if several and jit_compile is True and not tf.config.list_physical_devices("GPU"):
+        if (
+            several
+            and jit_compile is True
+            and not tf.config.list_physical_devices("GPU")
+        ):
             raise ValueError(
                 "`jit_compile=True` is not supported with a strategy on CPU. Leave it "
                 "at 'auto'."
             )
+
+
+def _restore(saved: Any, ok: Any, statistics: list[Any], statistics_ok: Any) -> None:
+    """Puts back what a batch that does not count has changed."""
+    spoiled = {id(variable) for variable in statistics}
+    for variable, before in saved:
+        good = statistics_ok if id(variable) in spoiled else ok
+        variable.assign(tf.where(good, variable.value, before))
+
+
+def _in_order(callbacks: list[Any]) -> list[Any]:
+    """Callbacks with those last that save the others' state."""
+    savers = [c for c in callbacks if hasattr(c, "with_companions")]
+    others = [c for c in callbacks if c not in savers]
+    for saver in savers:
+        saver.with_companions(others)
+    return others + savers
 
 
 def _values(variables: list[Any]) -> list[Any]:

@@ -150,7 +150,9 @@ class Labels:
     classes: Any = None
 
 
-def read_labels(y: Any, output: Any, kind: str | None, unlabelled: int | None) -> Labels:
+def read_labels(
+    y: Any, output: Any, kind: str | None, unlabelled: int | None
+) -> Labels:
     """Finds missing labels and classes.
 
     Args:

@@ -104,6 +104,37 @@ def plain_transfer(teacher: tf.Tensor, student: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(p * tf.math.log((p + 1e-7) / (q + 1e-7)))
 
 
+def features(rng: np.random.Generator, batch: int) -> tuple[Any, Any]:
+    """Two layers of 32 × 32 × 64, after a ReLU; the student is like the teacher."""
+    shape = (2, batch, 32, 32, 64)
+    teacher = rng.normal(size=shape).astype("float32")
+    student = teacher + 0.5 * rng.normal(size=shape).astype("float32")
+    teacher, student = np.maximum(teacher, 0), np.maximum(student, 0)
+    return [tf.constant(x) for x in teacher], [tf.constant(x) for x in student]
+
+
+def plain_singular(teacher: list[tf.Tensor], student: list[tf.Tensor]) -> tf.Tensor:
+    def vectors(x: tf.Tensor, count: int) -> tf.Tensor:
+        _, height, width, channels = x.shape
+        matrix = tf.reshape(x, (-1, height * width, channels))
+        return tf.linalg.svd(matrix)[2][:, :, :count]
+
+    def kernel(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+        return tf.exp(-((second[:, :, None] - first[:, None]) ** 2) / 8)
+
+    pairs = []
+    for t, s in zip(teacher, student, strict=True):
+        v, u = vectors(t, 1), vectors(s, 4)
+        largest = tf.one_hot(tf.argmax(tf.abs(v), 1), v.shape[1], axis=1)
+        v *= tf.sign(tf.reduce_sum(v * largest, 1, keepdims=True))
+        cosine = tf.matmul(u, v, transpose_a=True)
+        chosen = tf.one_hot(tf.argmax(tf.abs(cosine), 1), u.shape[2], axis=1)
+        pairs.append((v, tf.matmul(u, tf.stop_gradient(chosen * tf.sign(cosine)))))
+    (v1, u1), (v2, u2) = pairs
+    gap = kernel(u1, u2) - kernel(v1, v2)
+    return tf.reduce_sum(gap**2) / tf.cast(tf.shape(gap)[0], gap.dtype)
+
+
 CASES = {
     "rkd_angle": Case(
         losses.RelationalAngle(), plain_angle, embeddings, smoke=16, repeats=7
@@ -111,6 +142,9 @@ CASES = {
     "rkd_distance": Case(losses.RelationalDistance(), plain_distance, embeddings),
     "sp": Case(losses.SimilarityPreserving(), plain_similarity, embeddings),
     "pkt": Case(losses.ProbabilisticTransfer(), plain_transfer, embeddings),
+    "kdsvd": Case(
+        losses.SingularValue(), plain_singular, features, batch=64, smoke=4, repeats=7
+    ),
 }
 
 

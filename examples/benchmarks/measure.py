@@ -69,6 +69,7 @@ def write(path: Path, title: str, result: dict[str, Any]) -> None:
     machine = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cores": os.cpu_count(),
+        "load at the end": round(os.getloadavg()[0], 1),
         "processor": _processor(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},

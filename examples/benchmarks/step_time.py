@@ -13,6 +13,7 @@ cases are run in turn, one step each per round. Written to docs/results/step_tim
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 from collections.abc import Callable
@@ -29,6 +30,9 @@ from measure import RESULTS, TRIALS, interleaved, median_ratio, parser, write
 from models import wide_resnet
 
 import keras_distill as kd
+
+# Many models trace many functions, and TensorFlow takes that for a mistake.
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 STAGES = ("stage1", "stage2", "stage3")
 TEMPERATURE = 4.0
@@ -86,7 +90,7 @@ def theirs(student: keras.Model, teacher: keras.Model, links: bool) -> keras.Mod
 
 def step(model: keras.Model, data: tf.data.Dataset) -> Callable[[], Any]:
     """One training step, with the function that `fit` made and uses."""
-    model.fit(data, steps_per_epoch=1, verbose=0)
+    model.fit(data, steps_per_epoch=1, shuffle=False, verbose=0)
     iterator = iter(data)
     return lambda: model.train_function(iterator)
 

@@ -8,7 +8,7 @@ import keras
 
 from keras_distill.grids import resample
 
-Shape = tuple[int | None, ...]
+Shape = tuple[Any, ...]  # sizes, None where they are not known
 
 
 class Adapter(keras.Layer):
@@ -24,7 +24,7 @@ class Adapter(keras.Layer):
 
     def __init__(self, target_shape: Any = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.target_shape = None if target_shape is None else tuple(target_shape)
+        self.target_shape: Any = target_shape and tuple(target_shape)
         self.supports_masking = True
 
     def match(self, student_shape: Any, teacher_shape: Any) -> None:

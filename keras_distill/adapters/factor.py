@@ -81,7 +81,8 @@ class Paraphraser(keras.Layer):
 
     def reconstruct(self, features: Any) -> Any:
         """The features as the autoencoder gives them back."""
-        return _run_leaky(self.decoder, self(features))
+        factor = self(features)  # makes the decoder, too
+        return _run_leaky(self.decoder, factor)
 
     def pretrain(
         self,
@@ -125,7 +126,7 @@ class _Autoencoder(keras.Model):
     """Trains a paraphraser; the teacher is hidden in `read`, out of Keras's sight."""
 
     def __init__(self, paraphraser: Paraphraser, read: Callable[[Any], Any]) -> None:
-        super().__init__()
+        super().__init__(name="autoencoder")
         self.paraphraser = paraphraser
         self.read = read
 

@@ -114,8 +114,11 @@ class Fusion(keras.Layer):
             )
         self._check("student", input_shape, len(self.target_shapes))
         width = self.width or min(512, input_shape[-1][-1])
-        self.entries, self.entry_norms, self.gates = [], [], []
-        self.exits, self.exit_norms = [], []
+        self.entries: list[keras.Layer] = []
+        self.entry_norms: list[keras.Layer] = []
+        self.gates: list[keras.Layer] = []
+        self.exits: list[keras.Layer] = []
+        self.exit_norms: list[keras.Layer] = []
         deepest = len(input_shape) - 1
         for index, (shape, target) in enumerate(
             zip(input_shape, self.target_shapes, strict=True)

@@ -97,7 +97,8 @@ class Regressor(Adapter):
 
     def build_parts(self, input_shape: Shape) -> None:
         channels = self.target_shape[-1]
-        self.channel_map = self.normalization = None
+        self.channel_map: Any = None
+        self.normalization: Any = None
         if self.grid == "convolution":
             self.channel_map = self._convolution(input_shape)
             self.channel_map.build(self._padded(input_shape))

@@ -144,7 +144,8 @@ def reduce_values(
         weight = mask if weight is None else weight * mask
     if weight is not None and weight.shape != values.shape:
         weight = weight * ops.ones_like(values)
-    return _Reduce(reduction=reduction, dtype=dtype)(values, values, weight)
+    reduce = _Reduce(name="reduce", reduction=reduction, dtype=dtype)
+    return reduce(values, values, weight)
 
 
 def align_left(name: str, weight: Any, values: Any) -> Any:

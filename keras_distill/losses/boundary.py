@@ -43,7 +43,9 @@ class ActivationBoundary(DistillationLoss):
 
     Example:
 
-    >>> print(float(ActivationBoundary()([[0.5, -2.0]], [[-1.0, -3.0]])))
+    >>> import numpy as np
+    >>> teacher, student = np.array([[0.5, -2.0]]), np.array([[-1.0, -3.0]])
+    >>> print(float(ActivationBoundary()(teacher, student)))
     4.0
 
     References:
@@ -99,8 +101,9 @@ class MarginReLU(DistillationLoss):
 
     Example:
 
+    >>> import numpy as np
     >>> loss = MarginReLU(margin=[-1.0, -1.0])
-    >>> print(float(loss([[2.0, -3.0]], [[0.0, -2.0]])))
+    >>> print(float(loss(np.array([[2.0, -3.0]]), np.array([[0.0, -2.0]]))))
     4.0
 
     References:

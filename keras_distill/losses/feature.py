@@ -48,7 +48,8 @@ class Hint(DistillationLoss):
 
     Example:
 
-    >>> print(float(Hint()([[3.0, 0.0]], [[1.0, 0.0]])))
+    >>> import numpy as np
+    >>> print(float(Hint()(np.array([[3.0, 0.0]]), np.array([[1.0, 0.0]]))))
     2.0
 
     References:
@@ -101,7 +102,9 @@ class AttentionTransfer(DistillationLoss):
 
     Example:
 
-    >>> teacher, student = [[[[3.0], [0.0]]]], [[[[0.0], [1.0]]]]
+    >>> import numpy as np
+    >>> teacher = np.array([3.0, 0.0]).reshape(1, 1, 2, 1)
+    >>> student = np.array([0.0, 1.0]).reshape(1, 1, 2, 1)
     >>> print(float(AttentionTransfer()(teacher, student)))
     1.0
 
@@ -164,7 +167,9 @@ class NeuronSelectivity(DistillationLoss):
 
     Example:
 
-    >>> teacher, student = [[[[1.0], [0.0]]]], [[[[0.0], [2.0]]]]
+    >>> import numpy as np
+    >>> teacher = np.array([1.0, 0.0]).reshape(1, 1, 2, 1)
+    >>> student = np.array([0.0, 2.0]).reshape(1, 1, 2, 1)
     >>> print(float(NeuronSelectivity()(teacher, student)))
     2.0
 
@@ -199,7 +204,8 @@ def _second_moment(maps: Any) -> Any:
 
 def _mean_kernel(a: Any, b: Any) -> Any:
     products = ops.matmul(ops.transpose(a, (0, 2, 1)), b)
-    return ops.mean(ops.square(products), (1, 2))
+    pairs = a.shape[-1] * b.shape[-1]
+    return ops.sum(ops.square(products), (1, 2)) / pairs
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -230,8 +236,10 @@ class VariationalInformation(DistillationLoss):
 
     Example:
 
+    >>> import numpy as np
     >>> loss = VariationalInformation(epsilon=1.0)
-    >>> print(f"{float(loss([[1.0]], [[[3.0]], [-100.0]])):.1f}")
+    >>> mean, rho = np.array([[3.0]]), np.array([-100.0])
+    >>> print(f"{float(loss(np.array([[1.0]]), [mean, rho])):.1f}")
     2.0
 
     References:
@@ -290,7 +298,9 @@ class FactorTransfer(DistillationLoss):
 
     Example:
 
-    >>> print(f"{float(FactorTransfer()([[3.0, 4.0]], [[1.0, 0.0]])):.1f}")
+    >>> import numpy as np
+    >>> teacher, student = np.array([[3.0, 4.0]]), np.array([[1.0, 0.0]])
+    >>> print(f"{float(FactorTransfer()(teacher, student)):.1f}")
     0.6
 
     References:
@@ -349,7 +359,9 @@ class HierarchicalContext(DistillationLoss):
 
     Example:
 
-    >>> print(float(HierarchicalContext()([[3.0, 0.0]], [[1.0, 0.0]])))
+    >>> import numpy as np
+    >>> teacher, student = np.array([[3.0, 0.0]]), np.array([[1.0, 0.0]])
+    >>> print(float(HierarchicalContext()(teacher, student)))
     2.0
 
     References:

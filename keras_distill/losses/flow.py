@@ -16,10 +16,13 @@ from keras_distill.losses.base import (
     number,
 )
 from keras_distill.losses.feature import GRID, check_variant
-
-# Up to this share of the largest one, the difference of two squared singular values
-# is rounding.
-ROUNDING = {"float32": 1e-6, "float64": 1e-14}
+from keras_distill.losses.singular import (
+    aligned,
+    by_decomposition,
+    by_powers,
+    largest_positive,
+    right_vectors,
+)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -50,8 +53,9 @@ class FlowOfProcedure(DistillationLoss):
 
     Example:
 
-    >>> teacher = [[[[[1.0]]]], [[[[3.0]]]]]
-    >>> student = [[[[[1.0]]]], [[[[1.0]]]]]
+    >>> import numpy as np
+    >>> ones = np.ones((1, 2, 2, 1))
+    >>> teacher, student = [ones, 3 * ones], [ones, ones]
     >>> print(float(FlowOfProcedure()(teacher, student)))
     4.0
 
@@ -170,13 +174,17 @@ class SingularValue(DistillationLoss):
         for teacher, student in zip(y_true, y_pred, strict=True):
             self._check_size("teacher", teacher)
             self._check_size("student", student)
-            teacher_svd = LeadingVectors(teacher, self.dtype)
-            student_svd = LeadingVectors(student, self.dtype)
-            target = teacher_svd.first(self.rank)
-            aligned = student_svd.closest(target, self.rank + 3)
-            weight = normalize(teacher_svd.singular_values(self.rank))[:, None, :]
+            matrix = flatten_positions(teacher)
+            target = largest_positive(right_vectors(matrix, self.rank, by_powers))
+            candidates = right_vectors(
+                flatten_positions(student), self.rank + 3, by_decomposition
+            )
+            # Row by row, ‖M v‖ is the singular value.
+            image = ops.stop_gradient(ops.matmul(matrix, target))
+            weight = ops.sqrt(ops.sum(ops.square(image), 1, keepdims=True))
+            weight = normalize(weight)
             teacher_vectors.append(target * weight)
-            student_vectors.append(aligned * weight)
+            student_vectors.append(aligned(candidates, target) * weight)
         return sum(
             ops.sum(ops.square(student - teacher), (1, 2, 3))
             for teacher, student in zip(
@@ -205,96 +213,6 @@ class SingularValue(DistillationLoss):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rank": self.rank, "beta": self.beta}
-
-
-class LeadingVectors:
-    """The leading right singular vectors of features `(B, H, W, C)`, as matrices.
-
-    They are eigenvectors of the smaller one of the two Gram matrices, which is much
-    cheaper to decompose than the features. No gradient flows through the
-    decomposition: each vector that is asked for gets its exact derivative afterwards.
-    """
-
-    def __init__(self, x: Any, dtype: str) -> None:
-        matrix = flatten_positions(x)
-        transposed = ops.transpose(matrix, (0, 2, 1))
-        self.wide = matrix.shape[1] < matrix.shape[2]
-        # Eigenvectors of AᵀA are sought. Its derivative is dAᵀA and the transpose of
-        # that: half of the product needs to be differentiable.
-        self.a, at = (transposed, matrix) if self.wide else (matrix, transposed)
-        half = ops.matmul(ops.stop_gradient(at), self.a)
-        gram = ops.stop_gradient(half)
-        half_change = half - gram
-        self.change = half_change + ops.transpose(half_change, (0, 2, 1))
-        # LAPACK stops the program at a NaN; this way it ends up in the loss, through
-        # `_differentiable`.
-        finite = ops.all(ops.isfinite(gram), (1, 2), keepdims=True)
-        values, vectors = ops.eigh(ops.where(finite, gram, 0.0))
-        self.values = ops.stop_gradient(ops.flip(values, -1))
-        self.vectors = ops.stop_gradient(ops.flip(vectors, -1))
-        self.rounding = ROUNDING[dtype]
-
-    def singular_values(self, count: int) -> Any:
-        """The first singular values, without gradient: `(B, count)`."""
-        return ops.sqrt(ops.maximum(self.values[:, :count], 0.0))
-
-    def first(self, count: int) -> Any:
-        """The first vectors, their largest entry positive: `(B, C, count)`."""
-        vectors = self._right(self.vectors[:, :, :count], self.values[:, :count])
-        largest = ops.one_hot(
-            ops.argmax(ops.abs(vectors), 1), vectors.shape[1], axis=1, dtype=self._dtype
-        )
-        entry = ops.stop_gradient(ops.sum(vectors * largest, 1, keepdims=True))
-        return vectors * _sign(entry)
-
-    def closest(self, target: Any, count: int) -> Any:
-        """For each target the most parallel one of the first vectors, same direction.
-
-        Args:
-            target: Vectors `(B, C, K)`.
-            count: Number of vectors to choose from.
-
-        Returns:
-            Vectors `(B, C, K)`.
-        """
-        vectors, values = self.vectors[:, :, :count], self.values[:, :count]
-        candidates = ops.matmul(self.a, vectors) if self.wide else vectors
-        candidates = ops.stop_gradient(normalize(candidates, axis=1))
-        cosine = ops.matmul(ops.transpose(candidates, (0, 2, 1)), target)
-        cosine = ops.stop_gradient(cosine)
-        chosen = ops.one_hot(
-            ops.argmax(ops.abs(cosine), 1), cosine.shape[1], axis=1, dtype=self._dtype
-        )
-        sign = _sign(ops.sum(cosine * chosen, 1, keepdims=True))
-        value = ops.squeeze(ops.matmul(values[:, None, :], chosen), 1)
-        return self._right(ops.matmul(vectors, chosen), value) * sign
-
-    @property
-    def _dtype(self) -> str:
-        return keras.backend.standardize_dtype(self.vectors.dtype)
-
-    def _right(self, vectors: Any, values: Any) -> Any:
-        """Eigenvectors of AᵀA as right singular vectors, differentiable."""
-        vectors = self._differentiable(vectors, values)
-        return normalize(ops.matmul(self.a, vectors), axis=1) if self.wide else vectors
-
-    def _differentiable(self, vectors: Any, values: Any) -> Any:
-        """Adds to eigenvectors a term of value 0 that has their derivative.
-
-        A change dG of G = AᵀA turns `v` by `Σ_j v_j (v_jᵀ dG v) / (λ - λ_j)` over the
-        other eigenvectors. This is linear in `dG v`, the change of `AᵀA v` for fixed
-        `v`.
-        """
-        change = ops.matmul(self.change, vectors)
-        gap = values[:, None, :] - self.values[:, :, None]
-        apart = ops.abs(gap) > self.rounding * self.values[:, None, :1]
-        inverse = ops.where(apart, 1.0 / ops.where(apart, gap, 1.0), 0.0)
-        turn = ops.matmul(ops.transpose(self.vectors, (0, 2, 1)), change) * inverse
-        return vectors + ops.matmul(self.vectors, turn)
-
-
-def _sign(x: Any) -> Any:
-    return ops.where(x < 0, -ops.ones_like(x), ops.ones_like(x))
 
 
 def check_flow(loss: Any, y_true: Any, y_pred: Any) -> None:

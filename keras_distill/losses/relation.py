@@ -64,7 +64,7 @@ class RelationalDistance(DistillationLoss):
     def call(self, y_true: Any, y_pred: Any, rows: Any = None) -> Any:
         batch = embeddings(self, y_true, y_pred, rows)
         others = batch.others()
-        pairs = ops.maximum(ops.sum(others), 1.0)
+        pairs = ops.maximum(batch.count * (batch.count - 1), 1.0)
 
         def relative(x: Any) -> Any:
             squares = squared_distances(x, batch.kept)
@@ -175,7 +175,9 @@ class ProbabilisticTransfer(DistillationLoss):
     def _neighbours(self, x: Any, batch: Rows) -> Any:
         x = batch.select(x)
         norms = safe_sqrt(ops.sum(ops.square(x), -1, keepdims=True))
-        closeness = batch.columns(0.5 * gram(x / (norms + 1e-7)) + 0.5)
+        # A row of zeros has no direction: gradient 0, not 1 / 1e-7.
+        scale = ops.where(norms > 0, 1 / (norms + 1e-7), 0.0)
+        closeness = batch.columns(0.5 * gram(x * scale) + 0.5)
         sums = ops.sum(closeness, -1, keepdims=True)
         return closeness / ops.where(sums > 0, sums, 1.0)
 

@@ -32,10 +32,13 @@ class Teacher(abc.ABC):
     Attributes:
         outputs: Symbolic outputs, in the teacher's own structure.
         names: Names of the flat outputs.
+        one_temperature: Whether outputs are right only at the temperature that they
+            were asked for.
     """
 
     outputs: Any
     names: list[str]
+    one_temperature = False
 
     @abc.abstractmethod
     def __call__(
@@ -75,6 +78,17 @@ class Teacher(abc.ABC):
             Head(name, (None, *tuple(output.shape)[1:]))
             for name, output in zip(self.names, flat, strict=True)
         ]
+
+    def check_loss(self, loss: Any) -> None:
+        """Raises ValueError if a soft loss cannot be computed from these outputs."""
+        if self.one_temperature and hasattr(loss, "temperatures"):
+            raise ValueError(
+                f"{type(loss).__name__} compares at several temperatures; {self!r} has "
+                "outputs for one. Use combine='geometric' in an ensemble."
+            )
+
+    def check_temperature(self, temperature: float) -> None:
+        """Raises ValueError at a temperature for which there are no outputs."""
 
     @property
     def variables(self) -> list[Any]:

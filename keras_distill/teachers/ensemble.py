@@ -72,6 +72,9 @@ class Ensemble(Teacher):
             raise ValueError(f"`weights` must not all be 0. Received: {weights}")
         self.teachers = [as_teacher(model) for model in models]
         self.combine = combine
+        self.one_temperature = combine == "arithmetic" or any(
+            teacher.one_temperature for teacher in self.teachers
+        )
         self.weights = [weight / sum(weights) for weight in weights]
         self._heads = [teacher.heads() for teacher in self.teachers]
         first = self._heads[0]
@@ -142,9 +145,9 @@ class Ensemble(Teacher):
                     f"Received: {layer!r}"
                 )
             return f"{index}/{self.teachers[int(index)].resolve(path)}"
-        for index, teacher in enumerate(self.teachers):
+        for position, teacher in enumerate(self.teachers):
             try:
-                return f"{index}/{teacher.resolve(layer)}"
+                return f"{position}/{teacher.resolve(layer)}"
             except ValueError:
                 continue
         raise ValueError(

@@ -72,8 +72,10 @@ def run(
         tape.watch(sources)
         value = loss(y_true, y_pred, weight)
     gradients = tape.gradient(value, sources)
-    return np.array(value, "float64"), [
-        np.zeros(x.shape) if g is None else np.array(tf.convert_to_tensor(g), "float64")
+    return value.numpy().astype("float64"), [
+        np.zeros(x.shape)
+        if g is None
+        else tf.convert_to_tensor(g).numpy().astype("float64")
         for x, g in zip(sources, gradients, strict=True)
     ]
 

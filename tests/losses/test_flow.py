@@ -162,10 +162,12 @@ def test_singular_value_has_a_gradient_for_the_teacher():
         tape.watch(teacher)
         value = loss(teacher, student)
     gradients = tape.gradient(value, teacher)
-    step = [tf.constant(rng.normal(size=x.shape)) for x in teacher]
-    slope = sum(float(tf.reduce_sum(g * s)) for g, s in zip(gradients, step))
+    steps = [tf.constant(rng.normal(size=x.shape)) for x in teacher]
+    slope = sum(
+        float(tf.reduce_sum(g * s)) for g, s in zip(gradients, steps, strict=True)
+    )
     ends = [
-        float(loss([x + e * s for x, s in zip(teacher, step)], student))
+        float(loss([x + e * s for x, s in zip(teacher, steps, strict=True)], student))
         for e in (1e-5, -1e-5)
     ]
     assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)

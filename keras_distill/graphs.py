@@ -1,0 +1,396 @@
+"""Cutting functional graphs into parts, and putting the parts' weights back."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras.src.models.functional import Functional
+
+from keras_distill.links import children, find_layer, input_spec, paths_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of one layer in a flat graph.
+
+    Attributes:
+        layer: The layer (or operation) of the model.
+        path: Where it is in the model: `"backbone/block2"`.
+        node: Keras's record of the call.
+        inputs: The tensors it takes, as numbers within the graph, in the node's order.
+        outputs: The tensors it makes.
+    """
+
+    layer: Any
+    path: str
+    node: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+class Graph:
+    """The graph of a functional or sequential model, its nested models inlined.
+
+    Args:
+        model: The model. It is only read.
+        argument: The argument it came from, for messages.
+
+    Raises:
+        TypeError: If its graph is not known: a subclassed model.
+        ValueError: If it was never built, or has several outputs.
+    """
+
+    def __init__(self, model: keras.Model, argument: str = "model") -> None:
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"`{argument}` must be a keras.Model. Received: {model!r}")
+        input_spec(model)  # says so if it was never built
+        functional = _graph_of(model)
+        if functional is None:
+            raise TypeError(
+                f"`{argument}` must be a functional or sequential model: the graph of "
+                f"the subclassed model {model.name!r} is not known."
+            )
+        self.model = model
+        self.steps: list[Step] = []
+        self.calls: dict[str, list[tuple[int, ...]]] = {}
+        self._tensors: dict[int, Any] = {}  # the models' own symbolic tensors
+        self._functional = functional
+        self.inputs = tuple(self._number(tensor) for tensor in functional.inputs)
+        outputs = self._inline(functional, "", self.inputs)
+        if len(outputs) != 1:
+            raise ValueError(
+                f"`{argument}` must have one output. {model.name!r} has {len(outputs)}."
+            )
+        self.output = outputs[0]
+        self._makers = {out: step for step in self.steps for out in step.outputs}
+
+    def _number(self, tensor: Any) -> int:
+        self._tensors[len(self._tensors)] = tensor
+        return len(self._tensors) - 1
+
+    def _inline(
+        self, model: Any, prefix: str, inputs: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        numbers = {id(t): n for t, n in zip(model.inputs, inputs, strict=True)}
+        for depth in sorted(model._nodes_by_depth, reverse=True):
+            for node in model._nodes_by_depth[depth]:
+                if node.is_input:
+                    continue
+                layer = node.operation
+                path = f"{prefix}{layer.name}"
+                taken = tuple(numbers[id(t)] for t in node.input_tensors)
+                inner = _graph_of(layer)
+                if inner is not None and _fits(inner, node):
+                    made = self._inline(inner, f"{path}/", taken)
+                else:
+                    made = tuple(self._number(t) for t in node.outputs)
+                    self.steps.append(Step(layer, path, node, taken, made))
+                self.calls.setdefault(path, []).append(made)
+                numbers |= {id(t): n for t, n in zip(node.outputs, made, strict=True)}
+        return tuple(numbers[id(t)] for t in model.outputs)
+
+    # -- where to cut ---------------------------------------------------------------
+
+    def shape(self, tensor: int) -> tuple[int | None, ...]:
+        """The shape of a tensor."""
+        return tuple(self._tensors[tensor].shape)
+
+    def tensor_of(self, layer: Any, argument: str) -> int:
+        """The tensor that a layer makes.
+
+        Args:
+            layer: Its name, its path into nested models, or the layer.
+            argument: The argument it came from, for messages.
+
+        Raises:
+            ValueError: If there is no such layer (with the nearest names), or not
+                exactly one tensor.
+        """
+        path = paths_of(self.model, layer, argument)
+        calls = self.calls.get(path, [])
+        if not calls:
+            raise ValueError(
+                f"`{argument}`: the graph of {self.model.name!r} cannot be cut at "
+                f"{path!r}: it is an input, or inside a layer that is not functional."
+            )
+        if len(calls) > 1:
+            raise ValueError(
+                f"`{argument}`: the layer {path!r} is used {len(calls)} times; a cut "
+                "needs a layer that is used once."
+            )
+        if len(calls[0]) > 1:
+            raise ValueError(
+                f"`{argument}`: the layer {path!r} makes {len(calls[0])} tensors; a "
+                "cut must go through one."
+            )
+        return calls[0][0]
+
+    def ancestors(self, tensor: int) -> set[int]:
+        """Indices of the steps that a tensor depends on."""
+        index = {id(step): i for i, step in enumerate(self.steps)}
+        found: set[int] = set()
+        pending = [tensor]
+        while pending:
+            step = self._makers.get(pending.pop())
+            if step is not None and index[id(step)] not in found:
+                found.add(index[id(step)])
+                pending += step.inputs
+        return found
+
+    def maker(self, tensor: int) -> Step | None:
+        """The step that makes a tensor, None for an input of the model."""
+        return self._makers.get(tensor)
+
+    def split(self, cuts: Sequence[int], argument: str) -> list[Part]:
+        """Cuts the graph at tensors, from the input to the output.
+
+        Returns:
+            The parts, one more than there are cuts.
+
+        Raises:
+            ValueError: If a tensor other than the cut passes it, a layer is used on
+                both sides, or the cuts are out of order or at the output.
+        """
+        ends = [*cuts, self.output]
+        done: set[int] = set()
+        parts = []
+        for number, end in enumerate(ends):
+            steps = self.ancestors(end)
+            if not done < steps:
+                raise ValueError(
+                    f"`{argument}`: {self._name(ends[number - 1])!r} does not come "
+                    f"before {self._name(end)!r} in {self.model.name!r}. Cuts go from "
+                    "the input to the output, and lie before the output."
+                )
+            starts = (ends[number - 1],) if number else self.inputs
+            parts.append(
+                Part(self, [self.steps[i] for i in sorted(steps - done)], starts, end)
+            )
+            done |= steps
+        self._check_apart(parts, argument)
+        return parts
+
+    def _check_apart(self, parts: list[Part], argument: str) -> None:
+        sides: dict[int, int] = {}
+        for number, part in enumerate(parts):
+            known = {
+                *part.starts,
+                *(out for step in part.steps for out in step.outputs),
+            }
+            for step in part.steps:
+                for tensor in step.inputs:
+                    if tensor not in known:
+                        cut = self._name(part.starts[0])
+                        raise ValueError(
+                            f"`{argument}`: the cut at {cut!r} would have to cut two "
+                            f"tensors: the output of {self._name(tensor)!r} bypasses "
+                            f"it and is used by {step.path!r} behind it. Cut at a "
+                            "layer that everything behind it depends on alone."
+                        )
+                if sides.setdefault(id(step.layer), number) != number:
+                    raise ValueError(
+                        f"`{argument}`: the layer {step.path!r} is used on both sides "
+                        "of the cut."
+                    )
+
+    def _name(self, tensor: int) -> str:
+        step = self.maker(tensor)
+        if step is not None:
+            return step.path
+        return self._tensors[tensor]._keras_history.operation.name
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a graph between two cuts.
+
+    Attributes:
+        graph: The graph.
+        steps: The calls in it.
+        starts: The tensors it takes: the cut before it, or the model's inputs.
+        end: The tensor it makes.
+    """
+
+    graph: Graph
+    steps: list[Step]
+    starts: tuple[int, ...]
+    end: int
+
+    def build(self, name: str, reseed: int = 0) -> tuple[keras.Model, dict[str, str]]:
+        """Makes a model of new layers, with new weights.
+
+        Args:
+            name: Name of the model.
+            reseed: 0 keeps the seeds of initializers and of dropout; another number
+                makes other seeds of them.
+
+        Returns:
+            The model, and for each path in the original the name of its layer. Names
+            stay as they are unless two nested models use the same.
+        """
+        inputs = [self._input(tensor) for tensor in self.starts]
+        tensors = dict(zip(self.starts, inputs, strict=True))
+        layers: dict[int, Any] = {}
+        names: dict[str, str] = {}
+        taken = {t._keras_history.operation.name for t in inputs}
+        for step in self.steps:
+            if id(step.layer) not in layers:
+                new = _unique(step, taken)
+                layers[id(step.layer)] = _copy(step.layer, new, reseed)
+                taken.add(new)
+                names[step.path] = new
+            own = [id(t) for t in step.node.input_tensors]
+            values = dict(zip(own, (tensors[t] for t in step.inputs), strict=True))
+            args, kwargs = step.node.arguments.fill_in(values)
+            outputs = keras.tree.flatten(layers[id(step.layer)](*args, **kwargs))
+            tensors |= dict(zip(step.outputs, outputs, strict=True))
+        structure: Any = inputs[0]
+        if self.starts == self.graph.inputs:
+            structure = keras.tree.pack_sequence_as(
+                self.graph._functional._inputs_struct, inputs
+            )
+        return keras.Model(structure, tensors[self.end], name=name), names
+
+    def _input(self, tensor: int) -> Any:
+        like = self.graph._tensors[tensor]
+        if tensor in self.graph.inputs:
+            layer = like._keras_history.operation
+            return type(layer).from_config(layer.get_config()).output
+        return keras.Input(batch_shape=like.shape, dtype=like.dtype)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was before it was cut: enough to put it together again.
+
+    Attributes:
+        config: The model's configuration.
+        names: For each part the layer's name by its path in the model.
+    """
+
+    config: dict[str, Any]
+    names: list[dict[str, str]]
+
+    @classmethod
+    def of(cls, model: keras.Model, names: list[dict[str, str]]) -> Origin:
+        """Remembers a model, whose parts have these names."""
+        return cls(configuration(model), names)
+
+    def to_json(self) -> str:
+        """All of it as a text: inside a configuration Keras would rewrite it."""
+        return json.dumps([self.config, self.names])
+
+    @classmethod
+    def from_json(cls, text: str) -> Origin:
+        return cls(*json.loads(text))
+
+    def assemble(self, parts: Sequence[keras.Model]) -> keras.Model:
+        """The original model with the weights of parts."""
+        # Keras takes the configuration apart while it reads it.
+        model = keras.saving.deserialize_keras_object(copy.deepcopy(self.config))
+        for part, names in zip(parts, self.names, strict=True):
+            for path, name in names.items():
+                source = part.get_layer(name)
+                if getattr(source, "weights", None):
+                    copy_weights(source, find_layer(model, path, "path"))
+        return model
+
+    def scatter(self, model: keras.Model, part: keras.Model, number: int) -> None:
+        """Copies the original's weights into one of its parts."""
+        for path, name in self.names[number].items():
+            target = part.get_layer(name)
+            if getattr(target, "weights", None):
+                copy_weights(find_layer(model, path, "path"), target)
+
+
+def configuration(model: keras.Layer) -> dict[str, Any]:
+    """A model's configuration, without how it was compiled."""
+    config = keras.saving.serialize_keras_object(model)
+    config.pop("compile_config", None)
+    return config
+
+
+def clone(model: keras.Layer, name: str | None = None) -> Any:
+    """A copy of a model that shares nothing with it, perhaps under another name."""
+    config = configuration(model)
+    if name is not None:
+        config["config"]["name"] = name
+    new = keras.saving.deserialize_keras_object(config)
+    copy_weights(model, new)
+    return new
+
+
+def copy_weights(source: keras.Layer, target: keras.Layer) -> None:
+    """Copies weights between a layer and its copy, in functional models by name."""
+    if _graph_of(source) is not None:
+        named = {child.name: child for child in children(target)}
+        for child in children(source):
+            copy_weights(child, named[child.name])
+        return
+    for variable, own in zip(source.weights, target.weights, strict=True):
+        own.assign(variable)
+
+
+def _graph_of(layer: Any) -> Any:
+    """The functional model behind a layer, None if it computes in another way."""
+    call = getattr(type(layer), "call", None)
+    if isinstance(layer, keras.Sequential) and call is keras.Sequential.call:
+        return layer._functional
+    if isinstance(layer, Functional) and call is Functional.call:
+        return layer
+    return None
+
+
+def _fits(inner: Any, node: Any) -> bool:
+    """Whether a nested model is called on just its inputs, in their shapes."""
+    tensors = node.input_tensors
+    structure = node.arguments.args[0] if node.arguments.args else None
+    return len(tensors) == len(keras.tree.flatten(structure)) == len(
+        inner.inputs
+    ) and all(
+        len(a.shape) == len(b.shape) for a, b in zip(tensors, inner.inputs, strict=True)
+    )
+
+
+def _unique(step: Step, taken: set[str]) -> str:
+    name = step.layer.name
+    if name in taken:
+        name = step.path.replace("/", "-")
+    while name in taken:
+        name += "-"
+    return name
+
+
+def _copy(layer: Any, name: str, reseed: int) -> Any:
+    config = configuration(layer)
+    config["config"]["name"] = name
+    config.pop("build_config", None)  # the call builds it
+    if reseed:
+        config = _reseeded(config, reseed)
+    return keras.saving.deserialize_keras_object(config)
+
+
+def _reseeded(config: Any, reseed: int) -> Any:
+    """The configuration with other seeds wherever it has fixed ones."""
+    if isinstance(config, dict):
+        return {
+            key: _new_seed(value, reseed)
+            if key == "seed" and isinstance(value, int)
+            else _reseeded(value, reseed)
+            for key, value in config.items()
+        }
+    if isinstance(config, (list, tuple)):
+        return type(config)(_reseeded(item, reseed) for item in config)
+    return config
+
+
+def _new_seed(seed: int, reseed: int) -> int:
+    # A sum would make seed 1 of one branch seed 0 of the next.
+    digest = hashlib.sha256(f"{seed},{reseed}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
