@@ -8,17 +8,37 @@ __version__ = "0.1.0"
 __all__ = ["losses"]
 
 if keras.backend.backend() == "tensorflow":
-    from keras_distill import adapters, callbacks, data, datasets, report, schedules, teachers
+    from keras_distill import (
+        adapters,
+        callbacks,
+        data,
+        datasets,
+        generations,
+        report,
+        schedules,
+        teachers,
+    )
     from keras_distill.base import BaseDistiller
     from keras_distill.distiller import Distiller
     from keras_distill.explain import explain
     from keras_distill.links import Link
     from keras_distill.online.mutual import MutualLearning
     from keras_distill.online.one import OneEnsemble
+    from keras_distill.selfdistill.exits import BeYourOwnTeacher
+    from keras_distill.selfdistill.teacher_free import TeacherFree
 
     __all__ += ["BaseDistiller", "Distiller", "Link", "explain"]
-    __all__ += ["OneEnsemble"]
-    __all__ += ["adapters", "callbacks", "data", "datasets", "report", "schedules", "teachers"]
+    __all__ += ["BeYourOwnTeacher", "MutualLearning", "OneEnsemble", "TeacherFree"]
+    __all__ += [
+        "adapters",
+        "callbacks",
+        "data",
+        "datasets",
+        "generations",
+        "report",
+        "schedules",
+        "teachers",
+    ]
 else:
 
     def __getattr__(name: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from keras_distill.links import (
     check_weight,
     input_spec,
     run_with_taps,
+    serialize_function,
     symbolic_run,
 )
 from keras_distill.logs import Logs
@@ -36,6 +39,7 @@ from keras_distill.weighting import (
     read_labels,
 )
 
+_SEEDS = "seed_generators.json"
 RESERVED = ("loss", "hard", "soft", "agreement", "regularization", "skipped")
 
 
@@ -163,6 +167,7 @@ class BaseDistiller(Steps, keras.Model):
         self._logs.add("dropped", shown=False)  # counts rows of dropped batches
         self._logs.add("steps", shown=False)  # counts the epoch's steps
         self._epoch = self._scalar("epoch", 0.0)
+        self._one_weight_given = False  # for all outputs: see `fit`
         self._class_weight: tuple[tuple[int, float], ...] | None = None
         self._student_spec = student_spec
         self._symbolic_outputs = symbolic_run(
@@ -474,7 +479,9 @@ class BaseDistiller(Steps, keras.Model):
                 by_output(y, specs, self._names), specs, kinds, strict=True
             )
         ]
-        if isinstance(sample_weight, (dict, list, tuple)):
+        if training and self._one_weight_given:
+            weights = keras.tree.flatten(sample_weight)[:1] * len(labels)
+        elif isinstance(sample_weight, (dict, list, tuple)):
             weights = by_output(sample_weight, specs, self._names)
         else:
             weights = [sample_weight] * len(labels)
@@ -504,6 +511,9 @@ class BaseDistiller(Steps, keras.Model):
             losses = [loss] * len(self._names)
         kinds = [{label_kind(item) for item in as_list(one)} for one in losses]
         return [next(iter(k)) if len(k) == 1 else None for k in kinds]
+
+    def epoch_began(self, epoch: int, epochs: int) -> None:
+        """Called by `fit` before epoch `epoch` of `epochs`, before the callbacks."""
 
     def epoch_ended(self, logs: dict[str, Any]) -> None:
         """Called by `fit` after each epoch, with its logs, before the callbacks."""
@@ -662,7 +672,7 @@ class BaseDistiller(Steps, keras.Model):
     def get_config(self) -> dict[str, Any]:
         config = {
             "student": keras.saving.serialize_keras_object(self.student),
-            "student_inputs": keras.saving.serialize_keras_object(self.student_inputs),
+            "student_inputs": serialize_function("student_inputs", self.student_inputs),
             "student_from_logits": self.student_from_logits,
             "output_weights": self.output_weights,
             "unlabelled": self.unlabelled,
@@ -671,6 +681,28 @@ class BaseDistiller(Steps, keras.Model):
         if "hard" in self._terms:
             config["alpha"] = number(self.alpha)
         return config
+
+    def save_assets(self, dir_path: str) -> None:
+        # Keras leaves the states of random generators out: dropout would begin anew.
+        states = [ops.convert_to_numpy(v.value).tolist() for v in self._seed_states()]
+        with open(os.path.join(dir_path, _SEEDS), "w") as file:
+            json.dump(states, file)
+
+    def load_assets(self, dir_path: str) -> None:
+        path = os.path.join(dir_path, _SEEDS)
+        if os.path.exists(path):
+            with open(path) as file:
+                states = json.load(file)
+            for variable, state in zip(self._seed_states(), states, strict=True):
+                variable.assign(state)
+
+    def _seed_states(self) -> list[Any]:
+        layers = self._flatten_layers()
+        return [g.state for layer in layers for g in layer._seed_generators]
+
+    def export(self, filepath: str, *args: Any, **kwargs: Any) -> None:
+        """Exports the student, as `keras.Model.export`."""
+        self.student.export(filepath, *args, **kwargs)
 
     @classmethod
     def from_config(

@@ -105,8 +105,8 @@ def per_epoch(
     size = example.cardinality()
     if size == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
-            "`make_dataset` must return a data set that ends: an epoch is one pass over "
-            "it. Received one that repeats for ever."
+            "`make_dataset` must return a data set that ends: an epoch is one pass "
+            "over it. Received one that repeats for ever."
         )
 
     def epoch(_: Any) -> tf.data.Dataset:

@@ -258,8 +258,8 @@ class Distiller(BaseDistiller):
                     f"loss of the link {link.name!r}."
                 )
             resolved.append(self._resolved(link))
-        self._student_taps = _unique(link.student_layer for link in resolved)
-        self._teacher_taps = _unique(link.teacher_layer for link in resolved)
+        self._student_taps = unique(link.student_layer for link in resolved)
+        self._teacher_taps = unique(link.teacher_layer for link in resolved)
         if resolved:
             student_specs = symbolic_run(
                 lambda x: run_with_taps(self.student, x, self._student_taps, False)[1],
@@ -314,14 +314,16 @@ class Distiller(BaseDistiller):
     ) -> tuple[Any, dict[str, Any]]:
         if not training:
             return self.run_student(x, training), {}
+        if self.links and isinstance(sample_weight, dict):
+            raise ValueError(
+                "Links need one weight per row: `sample_weight` differs between the "
+                f"outputs {list(sample_weight)}."
+            )
         outputs, features = self.run_student(x, training, self._student_taps)
         names = self.teacher_terms
         if not names:
             return outputs, {}
-        adapted = {
-            link.name: _adapt(link.adapter, _taps(link.student_layer, features), True)
-            for link in self.links
-        }
+        adapted = self._adapted(features)
 
         def compare() -> dict[str, Any]:
             return self._compare(x, y, sample_weight, outputs, adapted)
@@ -374,11 +376,6 @@ class Distiller(BaseDistiller):
         if soft:
             terms["soft"] = sum(soft)
         for link in self.links:
-            if isinstance(sample_weight, dict):
-                raise ValueError(
-                    "Links need one weight per row: `sample_weight` differs between "
-                    f"the outputs {list(sample_weight)}."
-                )
             teacher = _adapt(
                 link.teacher_adapter, _taps(link.teacher_layer, features), True
             )
@@ -389,7 +386,23 @@ class Distiller(BaseDistiller):
                 by_output(y, flat, self._names)[0],
                 sample_weight,
             )
-        return terms
+        return terms | self._further_terms(x, features, adapted, sample_weight)
+
+    def _adapted(self, features: dict[str, Any]) -> dict[str, Any]:
+        """The student's side of each link, and of a subclass's further terms."""
+        return {link.name: self._student_side(link, features) for link in self.links}
+
+    def _student_side(self, link: Link, features: dict[str, Any]) -> Any:
+        return _adapt(link.adapter, _taps(link.student_layer, features), True)
+
+    def _further_terms(
+        self, x: Any, features: dict[str, Any], adapted: dict[str, Any], weight: Any
+    ) -> dict[str, Any]:
+        """A subclass's own terms that need the teacher's features.
+
+        Their names must be in `link_names`, their taps in `_teacher_taps`.
+        """
+        return {}
 
     @property
     def link_names(self) -> tuple[str, ...]:
@@ -562,10 +575,12 @@ class Distiller(BaseDistiller):
         }
 
     def save_assets(self, dir_path: str) -> None:
+        super().save_assets(dir_path)
         if self.save_teacher and isinstance(self.teacher, Model):
             self.teacher.model.save(os.path.join(dir_path, "teacher.keras"))
 
     def load_assets(self, dir_path: str) -> None:
+        super().load_assets(dir_path)
         path = os.path.join(dir_path, "teacher.keras")
         if os.path.exists(path):
             self._set_teacher(Model(keras.saving.load_model(path, compile=False)))
@@ -644,7 +659,8 @@ def _check_apart(student: keras.Model, teacher: Teacher) -> None:
         )
 
 
-def _unique(layers: Any) -> list[str]:
+def unique(layers: Any) -> list[str]:
+    """Every path once, in the order of their first use."""
     return list(dict.fromkeys(path for layer in layers for path in as_list(layer)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_distill.weighting import Share
@@ -23,6 +24,71 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     kind, index = resolver.task_type, resolver.task_id
     has_chief = "chief" in resolver.cluster_spec().as_dict()
     return kind == "chief" or (not has_chief and kind == "worker" and index == 0)
+
+
+def several_workers(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the replicas are in several processes."""
+    resolver = strategy.cluster_resolver
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return False
+    return resolver is not None and len(resolver.cluster_spec().as_dict()) > 0
+
+
+def as_logs(results: dict[str, Any]) -> dict[str, Any]:
+    """Logs in the shape that Keras can reduce over workers (keras#20585)."""
+    if not several_workers(tf.distribute.get_strategy()):
+        return results
+    return {name: tf.reshape(value, (1,)) for name, value in results.items()}
+
+
+def first(variable: Any) -> Any:
+    """The variable of the first replica; itself without a strategy."""
+    return tf.distribute.get_strategy().experimental_local_results(variable)[0]
+
+
+def sharded_by_rows(data: Any, strategy: tf.distribute.Strategy) -> Any:
+    """A data set of which every worker reads its own rows.
+
+    TensorFlow would share out files, which gives workers another order and another
+    number of steps.
+    """
+    if not isinstance(data, tf.data.Dataset) or not several_workers(strategy):
+        return data
+    if _shuffles_without_seed(data):
+        raise ValueError(
+            "With several workers a data set that shuffles needs a seed: each worker "
+            "would shuffle in an order of its own, and rows would be seen twice or "
+            "never. Give `.shuffle(..., seed=...)`, or call "
+            "keras.utils.set_random_seed on every worker before the data set is made."
+        )
+    options = tf.data.Options()
+    policy = tf.data.experimental.AutoShardPolicy.DATA
+    options.experimental_distribute.auto_shard_policy = policy
+    return data.with_options(options)
+
+
+def _shuffles_without_seed(data: tf.data.Dataset) -> bool:
+    seeds = [getattr(data, name, None) for name in ("_seed", "_seed2")]
+    if None not in seeds and not any(int(tf.get_static_value(s)) for s in seeds):
+        return True
+    return any(_shuffles_without_seed(source) for source in data._inputs())
+
+
+def share_seed(strategy: tf.distribute.Strategy) -> None:
+    """Gives all workers the chief's seed.
+
+    Without a common one every worker shuffles in its own order, and of its own order
+    reads only its own share: rows are read twice, and others never.
+    """
+    if not several_workers(strategy):
+        return
+    seed = int(np.random.default_rng().integers(2**31)) if is_chief(strategy) else 0
+
+    def summed() -> Any:
+        return all_reduce(tf.constant(seed, tf.int64))
+
+    total = strategy.run(tf.function(summed))
+    tf.random.set_seed(int(strategy.experimental_local_results(total)[0]))
 
 
 def all_reduce(value: Any) -> Any:

@@ -28,7 +28,9 @@ class TermRow:
     share: float
 
 
-def explain(distiller: BaseDistiller, batch: Any, *, verbose: bool = True) -> list[TermRow]:
+def explain(
+    distiller: BaseDistiller, batch: Any, *, verbose: bool = True
+) -> list[TermRow]:
     """Prints each term's value, weight and gradient norm on one batch.
 
     The batch goes through the networks as in a training step, dropout included, but

@@ -22,14 +22,14 @@ class Step:
     Attributes:
         layer: The layer (or operation) of the model.
         path: Where it is in the model: `"backbone/block2"`.
-        node: Keras's record of the call.
-        inputs: The tensors it takes, as numbers within the graph, in the node's order.
+        arguments: Its positional and keyword arguments, with symbolic tensors.
+        inputs: The tensors among them, as numbers within the graph.
         outputs: The tensors it makes.
     """
 
     layer: Any
     path: str
-    node: Any
+    arguments: tuple[Any, dict[str, Any]]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
@@ -84,13 +84,14 @@ class Graph:
                     continue
                 layer = node.operation
                 path = f"{prefix}{layer.name}"
-                taken = tuple(numbers[id(t)] for t in node.input_tensors)
+                arguments = _arguments(node)
+                taken = tuple(numbers[id(t)] for t in _tensors_in(arguments))
                 inner = _graph_of(layer)
-                if inner is not None and _fits(inner, node):
+                if inner is not None and _fits(inner, arguments):
                     made = self._inline(inner, f"{path}/", taken)
                 else:
                     made = tuple(self._number(t) for t in node.outputs)
-                    self.steps.append(Step(layer, path, node, taken, made))
+                    self.steps.append(Step(layer, path, arguments, taken, made))
                 self.calls.setdefault(path, []).append(made)
                 numbers |= {id(t): n for t, n in zip(node.outputs, made, strict=True)}
         return tuple(numbers[id(t)] for t in model.outputs)
@@ -244,10 +245,14 @@ class Part:
                 new = _unique(step, taken)
                 layers[id(step.layer)] = _copy(step.layer, new, reseed)
                 taken.add(new)
-                names[step.path] = new
-            own = [id(t) for t in step.node.input_tensors]
+                if isinstance(step.layer, keras.Layer):
+                    names[step.path] = new
+            own = [id(tensor) for tensor in _tensors_in(step.arguments)]
             values = dict(zip(own, (tensors[t] for t in step.inputs), strict=True))
-            args, kwargs = step.node.arguments.fill_in(values)
+            args, kwargs = keras.tree.map_structure(
+                lambda value, values=values: values.get(id(value), value),
+                step.arguments,
+            )
             outputs = keras.tree.flatten(layers[id(step.layer)](*args, **kwargs))
             tensors |= dict(zip(step.outputs, outputs, strict=True))
         structure: Any = inputs[0]
@@ -296,17 +301,13 @@ class Origin:
         model = keras.saving.deserialize_keras_object(copy.deepcopy(self.config))
         for part, names in zip(parts, self.names, strict=True):
             for path, name in names.items():
-                source = part.get_layer(name)
-                if getattr(source, "weights", None):
-                    copy_weights(source, find_layer(model, path, "path"))
+                copy_weights(part.get_layer(name), find_layer(model, path, "path"))
         return model
 
     def scatter(self, model: keras.Model, part: keras.Model, number: int) -> None:
         """Copies the original's weights into one of its parts."""
         for path, name in self.names[number].items():
-            target = part.get_layer(name)
-            if getattr(target, "weights", None):
-                copy_weights(find_layer(model, path, "path"), target)
+            copy_weights(find_layer(model, path, "path"), part.get_layer(name))
 
 
 def configuration(model: keras.Layer) -> dict[str, Any]:
@@ -347,10 +348,35 @@ def _graph_of(layer: Any) -> Any:
     return None
 
 
-def _fits(inner: Any, node: Any) -> bool:
+def _arguments(node: Any) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a call, without the masks that Keras hands on by itself.
+
+    In the graph of a model such a mask is a tensor of its own, which would bypass
+    every cut; when the model runs it is attached to the tensor that it belongs to.
+    """
+    args, kwargs = node.arguments.args, node.arguments.kwargs
+    attached = {
+        id(getattr(tensor, "_keras_mask", None)) for tensor in keras.tree.flatten(args)
+    }
+    handed_on = [
+        key
+        for key, value in kwargs.items()
+        if key.endswith("mask")
+        and all(id(mask) in attached for mask in keras.tree.flatten(value))
+    ]
+    return args, {key: value for key, value in kwargs.items() if key not in handed_on}
+
+
+def _tensors_in(arguments: Any) -> list[Any]:
+    leaves = keras.tree.flatten(arguments)
+    return [leaf for leaf in leaves if isinstance(leaf, keras.KerasTensor)]
+
+
+def _fits(inner: Any, arguments: tuple[Any, dict[str, Any]]) -> bool:
     """Whether a nested model is called on just its inputs, in their shapes."""
-    tensors = node.input_tensors
-    structure = node.arguments.args[0] if node.arguments.args else None
+    tensors = _tensors_in(arguments)
+    args, _ = arguments
+    structure = args[0] if args else None
     return len(tensors) == len(keras.tree.flatten(structure)) == len(
         inner.inputs
     ) and all(

@@ -6,6 +6,8 @@ from typing import Any
 
 from keras_distill.links import as_list
 
+INDEX = "kd_index"
+
 
 def plain_inputs(x: Any) -> Any:
     """The inputs themselves where the data carry a teacher's stored knowledge."""
@@ -15,11 +17,17 @@ def plain_inputs(x: Any) -> Any:
 def select_inputs(x: Any, keys: Any) -> Any:
     """The part of `x` that a network sees.
 
+    The rows' positions in the training set (`x["kd_index"]`) are for distillers: without
+    `keys` a network sees the rest.
+
     Raises:
         ValueError: If a key is not in `x`.
     """
     if keys is None:
-        return x
+        if not isinstance(x, dict) or INDEX not in x:
+            return x
+        rest = {key: value for key, value in x.items() if key != INDEX}
+        return rest if len(rest) > 1 else next(iter(rest.values()))
     if callable(keys):
         return keys(x)
     missing = [key for key in as_list(keys) if key not in x]

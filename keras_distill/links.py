@@ -129,17 +129,26 @@ class FunctionLoss(keras.losses.Loss):
         return self.fn(y_true, y_pred)
 
     def get_config(self) -> dict[str, Any]:
-        if getattr(self.fn, "__name__", "") == "<lambda>":
-            raise ValueError(
-                "A lambda cannot be saved as a loss. Define a function and register "
-                "it with keras.saving.register_keras_serializable."
-            )
-        fn = keras.saving.serialize_keras_object(self.fn)
+        fn = serialize_function("loss", self.fn)
         return {**super().get_config(), "fn": fn}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FunctionLoss:
         return cls(keras.saving.deserialize_keras_object(config.pop("fn")), **config)
+
+
+def serialize_function(argument: str, fn: Any) -> Any:
+    """A function (or anything else that Keras can save) as Keras saves it.
+
+    Raises:
+        ValueError: If it is a lambda, which cannot be found again by its name.
+    """
+    if getattr(fn, "__name__", "") == "<lambda>":
+        raise ValueError(
+            f"`{argument}`: a lambda cannot be saved. Define a function and register it "
+            "with keras.saving.register_keras_serializable."
+        )
+    return keras.saving.serialize_keras_object(fn)
 
 
 def check_weight(name: str, weight: Any) -> None:

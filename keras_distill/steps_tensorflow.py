@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from keras_distill import distribute
 from keras_distill.data import reads_epoch, set_epoch
-from keras_distill.links import symbolic_run
+from keras_distill.heads import two_rows
+from keras_distill.links import children, reading, run_with_taps, symbolic_run
 from keras_distill.losses.base import number
 from keras_distill.weighting import Share, this_share
 
@@ -21,6 +22,7 @@ class EpochCounter(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.model._epoch.assign(epoch)
         set_epoch(epoch)
+        self.model.epoch_began(epoch, self.params["epochs"])
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.model.epoch_ended(logs or {})
@@ -114,12 +116,40 @@ class Steps:
             ]
             gradients = groups[0]
             if policy:
-                gradients = policy(*groups, variables, self._epoch.value)
+                gradients = self._combined(policy, *groups, variables)
             gradients = distribute.clip(optimizer, gradients)
             gradients = [None if g is None else g * scale for g in gradients]
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             ok = None  # it skips such batches itself, and lowers its scale
         distribute.apply(optimizer, gradients, variables, ok)
+
+    def _combined(
+        self: Any,
+        policy: Any,
+        main: list[Any],
+        transfer: list[Any],
+        variables: list[Any],
+    ) -> list[Any]:
+        """The student's gradients by the policy, those of adapters added.
+
+        The main task does not depend on an adapter: a policy that compares with it
+        would hold the adapter where it is.
+        """
+        own = {id(v) for v in self.student.trainable_variables}
+        mine = [i for i, v in enumerate(variables) if id(v) in own]
+        combined = [
+            t if m is None else m if t is None else m + t
+            for m, t in zip(main, transfer, strict=True)
+        ]
+        chosen = policy(
+            [main[i] for i in mine],
+            [transfer[i] for i in mine],
+            [variables[i] for i in mine],
+            self._epoch.value,
+        )
+        for i, gradient in zip(mine, chosen, strict=True):
+            combined[i] = gradient
+        return combined
 
     def _log_gradient_shares(self: Any, tape: tf.GradientTape, losses: Any) -> None:
         every = self._options["log_gradient_share"]
@@ -146,6 +176,42 @@ class Steps:
         for index, name in enumerate(names):
             weight = tf.cast(due, tf.float32)
             self._logs.update(f"{name}_gradient_share", found[index], weight)
+
+    def _reached_by(self: Any, paths: list[str]) -> set[int]:
+        """Ids of the student's variables that the features at some layers depend on.
+
+        Found by differentiating the features of two rows, which works for any model:
+        trainable variables by their own gradient, others (statistics, states of random
+        generators) by that of their layer's outputs.
+        """
+        layers = list(self.student._flatten_layers(include_self=False))
+        trainable = self.student.trainable_variables
+        x = two_rows(self._student_spec)
+        with tf.GradientTape() as tape, reading(layers) as found:
+            tape.watch([t for t in keras.tree.flatten(x) if t.dtype.is_floating])
+            features = run_with_taps(self.student, x, paths, False)[1]
+            outputs = [
+                [
+                    tensor
+                    for tensor in keras.tree.flatten(found[id(layer)])
+                    if tf.is_tensor(tensor) and tensor.dtype.is_floating
+                ]
+                for layer in layers
+            ]
+        by_variable, by_layer = tape.gradient(
+            keras.tree.flatten(features),
+            ([distribute.first(v.value) for v in trainable], outputs),
+        )
+        reached = {
+            id(v)
+            for v, gradient in zip(trainable, by_variable, strict=True)
+            if gradient is not None
+        }
+        for layer, gradients in zip(layers, by_layer, strict=True):
+            if any(gradient is not None for gradient in gradients):
+                inner = {id(v) for child in children(layer) for v in child.variables}
+                reached |= {id(v) for v in layer.non_trainable_variables} - inner
+        return reached
 
     def _assert_finite(self: Any, known: Any) -> None:
         """Stops at NaN or infinity in what the teacher says."""
@@ -293,6 +359,10 @@ class Steps:
                 "the data set instead."
             )
         self._set_class_weight(class_weight)
+        self._note_one_weight(kwargs.get("sample_weight"))
+        x = self._shared_data(x)
+        validation_data = self._shared_data(validation_data)
+        distribute.share_seed(self.distribute_strategy)
         counter = EpochCounter()
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(counter)
@@ -313,6 +383,28 @@ class Steps:
             **kwargs,
         )
 
+    def evaluate(self: Any, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates the student, as `keras.Model.evaluate`."""
+        return super().evaluate(  # type: ignore[misc]
+            self._shared_data(x), *args, **kwargs
+        )
+
+    def predict(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predicts with the student, as `keras.Model.predict`."""
+        return super().predict(  # type: ignore[misc]
+            self._shared_data(x), *args, **kwargs
+        )
+
+    def _shared_data(self: Any, x: Any) -> Any:
+        return distribute.sharded_by_rows(x, self.distribute_strategy)
+
+    def _note_one_weight(self: Any, sample_weight: Any) -> None:
+        """Keras repeats one array of weights for every output: remembers it was one."""
+        one = sample_weight is not None and not keras.tree.is_nested(sample_weight)
+        if one != self._one_weight_given:
+            self._one_weight_given = one
+            self.train_function = None
+
     def _set_class_weight(self: Any, class_weight: dict[int, float] | None) -> None:
         new = None
         if class_weight is not None:
@@ -328,6 +420,32 @@ class Steps:
         if new != self._class_weight:
             self._class_weight = new
             self.train_function = None  # the weights are constants of its graph
+
+    def _make_function(self: Any, step_function: Any) -> Any:
+        """Several steps per execution also under a strategy.
+
+        There Keras's own loop inside the graph fails; a loop over the one-step
+        function does the same.
+        """
+        function = super()._make_function(step_function)  # type: ignore[misc]
+        steps = self.steps_per_execution
+        if steps == 1 or self.distribute_strategy.num_replicas_in_sync == 1:
+            return function
+
+        def several(iterator: Any) -> Any:
+            outputs = None
+            self.steps_per_execution = 1  # read where the function is traced
+            try:
+                for _ in range(steps):
+                    outputs = function(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if outputs is None:
+                    raise
+            finally:
+                self.steps_per_execution = steps
+            return outputs
+
+        return several
 
     def _maybe_symbolic_build(
         self: Any, iterator: Any = None, data_batch: Any = None
@@ -355,7 +473,8 @@ class Steps:
                 self.hard_loss(labels, outputs, weights, weights)
             return outputs
 
-        symbolic_run(run, x, y)
+        with self.distribute_strategy.scope():
+            symbolic_run(run, x, y)
 
     def _step_results(self: Any, share: Share) -> dict[str, Any]:
         """The logs of what this step computed."""
@@ -363,7 +482,7 @@ class Steps:
         if "labelled" in share.logged:
             results |= self._compiled_results()
         shown = [name for name in self._logs.names if name in share.logged]
-        return results | self._logs.results(shown)
+        return distribute.as_logs(results | self._logs.results(shown))
 
     def _check_scope(self: Any, student: Any) -> None:
         distribute.check_scope(student)

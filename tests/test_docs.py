@@ -43,6 +43,12 @@ def test_every_public_module_is_on_the_page_of_the_interface():
     assert modules <= listed
 
 
+def test_the_readme_names_only_what_exists():
+    text = (ROOT / "README.md").read_text()
+    for name in set(re.findall(r"`kd\.(\w+)`", text)):
+        assert name in keras_distill.__all__
+
+
 def test_the_page_of_results_is_made_from_json(tmp_path):
     (tmp_path / "speed.json").write_text(
         '{"title": "Speed", "setting": {"batch": 64}, "note": "x",'

@@ -65,7 +65,7 @@ def test_attached_logits_are_used(kind, side):
     model = subclassed() if kind == "subclassed" else with_head(kind)
     reference, plain = with_head("logits"), tiny.teacher(8)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         if side == "teacher":
             logs, expected = soft_loss(model), soft_loss(reference, tiny.teacher(8))
         else:
@@ -105,7 +105,7 @@ def test_bare_probabilities_are_used_by_their_logarithm_with_one_warning():
 def test_declared_probabilities_warn_no_more():
     teacher = kd.teachers.Model(with_head("bare"), from_logits=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         logs = soft_loss(teacher)
     value = soft_loss(with_head("logits"))["soft_loss"][0]
     assert logs["soft_loss"][0] == pytest.approx(value, rel=1e-3)

@@ -31,17 +31,17 @@ def main() -> None:
     """Measures and writes."""
     options = parser("What the import costs.", "import_time").parse_args()
     rounds = options.rounds or (1 if options.smoke else 15)
+    warm_up = 0 if options.smoke else 1
     seconds: dict[str, list[float]] = {statement: [] for statement in CASES}
 
     def measured(statement: str) -> None:
         seconds[statement].append(run(statement))
 
     # The first round fills the disk cache and does not count.
-    interleaved({s: lambda s=s: measured(s) for s in CASES}, rounds, warm_up=1)
-    median = {s: statistics.median(values[1:]) for s, values in seconds.items()}
-    extra = statistics.median(
-        ours - base for base, ours in zip(*(seconds[s][1:] for s in CASES), strict=True)
-    )
+    interleaved({s: lambda s=s: measured(s) for s in CASES}, rounds, warm_up)
+    kept = [seconds[statement][warm_up:] for statement in CASES]
+    median = {s: statistics.median(k) for s, k in zip(CASES, kept, strict=True)}
+    extra = statistics.median(ours - base for base, ours in zip(*kept, strict=True))
     for statement, value in median.items():
         print(f"{statement:<24} {value:6.2f} s")
     print(f"{'more':<24} {extra:6.2f} s  to reach {BOUND}")

@@ -1,15 +1,14 @@
 """Losses: what it means for a student's knowledge to agree with a teacher's."""
 
+from keras_distill.losses.adapted import FactorTransfer, VariationalInformation
 from keras_distill.losses.base import DistillationLoss
 from keras_distill.losses.boundary import ActivationBoundary, MarginReLU
 from keras_distill.losses.classes import DIST, MultiLevelLogit
 from keras_distill.losses.feature import (
     AttentionTransfer,
-    FactorTransfer,
     HierarchicalContext,
     Hint,
     NeuronSelectivity,
-    VariationalInformation,
 )
 from keras_distill.losses.flow import FlowOfProcedure, SingularValue
 from keras_distill.losses.regularization import ConfidencePenalty, VirtualTeacher

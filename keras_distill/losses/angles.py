@@ -11,6 +11,17 @@ BLOCK = 8
 
 
 @ops.custom_gradient
+def huber(gap: Any) -> Any:
+    """Huber's function (δ = 1): half the square, linear beyond 1."""
+    clipped = ops.clip(gap, -1.0, 1.0)
+
+    def grad(*args: Any, upstream: Any = None) -> Any:
+        return (args[0] if upstream is None else upstream) * clipped
+
+    return clipped * (gap - 0.5 * clipped), grad
+
+
+@ops.custom_gradient
 def angle_differences(teacher: Any, student: Any) -> Any:
     """Sums of Huber's function over the angles at each vertex.
 
@@ -67,11 +78,8 @@ def _values(teacher: Any, student: Any) -> Any:
     first, second = _Cosines(teacher), _Cosines(student)
 
     def body(block: Any, sums: Any) -> Any:
-        gap = second(block) - first(block)
-        clipped = ops.clip(gap, -1.0, 1.0)
-        # For |gap| <= 1 this is gap² / 2, beyond it |gap| - 1/2.
-        huber = ops.sum(clipped * (gap - 0.5 * clipped), (1, 2))
-        return ops.scatter_update(sums, [[block]], ops.expand_dims(huber, 0))
+        values = ops.sum(huber(second(block) - first(block)), (1, 2))
+        return ops.scatter_update(sums, [[block]], ops.expand_dims(values, 0))
 
     sums = ops.zeros_like(first.sides[:, :, 0])
     sums = ops.fori_loop(0, ops.shape(sums)[0], body, sums)

@@ -69,8 +69,7 @@ class DistillationLoss(keras.losses.Loss):
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         mask = getattr(y_pred, "_keras_mask", None)
         with keras.name_scope(self.name):
-            y_true = keras.tree.map_structure(self._convert, y_true)
-            y_pred = keras.tree.map_structure(self._convert, y_pred)
+            y_true, y_pred = self._convert_all(y_true), self._convert_all(y_pred)
             if self.across_batch:
                 batch = ops.shape(keras.tree.flatten(y_pred)[0])[:1]
                 rows = kept_rows(batch, sample_weight, mask, self.dtype)
@@ -81,6 +80,12 @@ class DistillationLoss(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any, rows: Any = None) -> Any:
         raise NotImplementedError
+
+    def _convert_all(self, tree: Any) -> Any:
+        # A list of numbers is one tensor, a list of tensors is a list.
+        if not any(hasattr(leaf, "shape") for leaf in keras.tree.flatten(tree)):
+            return self._convert(tree)
+        return keras.tree.map_structure(self._convert, tree)
 
     def _convert(self, x: Any) -> Any:
         x = ops.convert_to_tensor(x)

@@ -150,8 +150,8 @@ class SingularValue(DistillationLoss):
 
     >>> import keras
     >>> student = [keras.random.normal((2, 4, 4, 3)), keras.random.normal((2, 2, 2, 5))]
-    >>> print(float(SingularValue()(student, student)))
-    0.0
+    >>> print(f"{float(SingularValue()(student, student)):.6f}")
+    0.000000
 
     References:
         Lee, Kim, Song, Self-supervised Knowledge Distillation Using Singular Value

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.losses.angles import angle_differences
+from keras_distill.losses.angles import angle_differences, huber
 from keras_distill.losses.base import (
     PACKAGE,
     DistillationLoss,
@@ -72,10 +72,8 @@ class RelationalDistance(DistillationLoss):
             mean = ops.sum(distances) / pairs
             return distances / ops.where(mean > 0, mean, 1.0)
 
-        gap = relative(y_pred) - relative(y_true)
-        clipped = ops.clip(gap, -1.0, 1.0)
-        huber = ops.sum(clipped * (gap - 0.5 * clipped), -1)
-        return batch.result(huber / batch.count)
+        values = ops.sum(huber(relative(y_pred) - relative(y_true)), -1)
+        return batch.result(values / batch.count)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

@@ -170,9 +170,10 @@ class DecoupledKD(DistillationLoss):
 
     Example:
 
+    >>> import numpy as np
     >>> loss = DecoupledKD(temperature=1.0)
-    >>> teacher, labels = [[2.0, 1.0, 0.0]], [0]
-    >>> print(f"{float(loss([teacher, labels], [[0.0, 0.0, 0.0]])):.4f}")
+    >>> teacher, labels = np.array([[2.0, 1.0, 0.0]]), np.array([0])
+    >>> print(f"{float(loss([teacher, labels], np.zeros((1, 3)))):.4f}")
     1.1226
 
     References:

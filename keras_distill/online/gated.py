@@ -207,7 +207,8 @@ def pooled(x: Any) -> Any:
         return x
     if rank not in pooling:
         raise ValueError(
-            f"A tensor of shape {tuple(x.shape)} cannot be pooled: it needs 2 to 5 axes."
+            "A shared tensor must have 2 to 5 axes, the batch first. "
+            f"Received: shape {tuple(x.shape)}"
         )
     return pooling[rank](dtype="float32")(x)
 

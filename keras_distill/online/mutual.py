@@ -34,9 +34,9 @@ class MutualLearning(BaseDistiller):
     on the same batch, each against what its peers say after their updates. A peer that
     was updated already runs a second time, in training mode, without touching its
     statistics or its random state. With `"together"` all are updated from one forward
-    pass each, which costs less. The official code sums over the peers instead of taking
-    the mean (the same for two networks), adds 1e-8 inside the logarithms, and gives each
-    network a batch of its own; here the paper's formula is followed.
+    pass each, which costs less. The paper's formula is followed; the official code sums
+    over the peers instead of taking the mean (the same for two networks), adds 1e-8
+    inside the logarithms, and gives each network a batch of its own.
 
     The networks are trained in place. As a model this is the mean of their
     probabilities: `predict` gives log-probabilities for networks with logits, and the

@@ -87,7 +87,7 @@ class Teacher(abc.ABC):
                 "outputs for one. Use combine='geometric' in an ensemble."
             )
 
-    def check_temperature(self, temperature: float) -> None:
+    def check_temperature(self, temperature: float) -> None:  # noqa: B027
         """Raises ValueError at a temperature for which there are no outputs."""
 
     @property

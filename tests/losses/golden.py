@@ -447,11 +447,12 @@ def check(name: str, dtype: str) -> None:
     assert all(result["ok"].values()), f"{name} in {dtype}: {result}"
 
 
-def table() -> list[dict[str, Any]]:
+def table(quick: bool = False) -> list[dict[str, Any]]:
     """Method by method: source, largest relative errors over all of its files.
 
     A reference below 1e-6 is 0 up to rounding (what cannot be compared relatively):
-    it is in `ok`, but not in the relative error.
+    it is in `ok`, but not in the relative error. A quick table leaves out edge cases
+    in float32.
     """
     rows = []
     for method in sorted(FORMULAS):
@@ -460,7 +461,8 @@ def table() -> list[dict[str, Any]]:
         row["files"] = len(names)
         row["ok"] = True
         for dtype in ("float64", "float32"):
-            results = [measure(name, dtype) for name in names]
+            some = names[:1] if quick and dtype == "float32" else names
+            results = [measure(name, dtype) for name in some]
             for what in ("value", "gradient"):
                 row[f"{what}_{dtype}"] = max(
                     (
@@ -479,17 +481,18 @@ def table() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures losses on golden vectors.")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
-    out = parser.parse_args().out
-    rows = table()
+    parser.add_argument("--quick", action="store_true", help="fewer cases in float32")
+    options = parser.parse_args()
+    rows = table(options.quick)
     columns = ("value_float64", "gradient_float64", "value_float32", "gradient_float32")
     print(f"{'method':24}" + "".join(f"{c:>18}" for c in columns) + "  ok")
     for row in rows:
         errors = "".join(f"{row[c]:18.1e}" for c in columns)
         print(f"{row['method']:24}{errors}  {row['ok']}")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"backend": keras.backend.backend(), "methods": rows}
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -122,6 +122,10 @@ def test_repr():
     assert repr(PerPosition(name="a")) == "PerPosition()"
 
 
+def test_lists_of_numbers_are_tensors():
+    assert float(PerPosition()([[1.0, 2.0]], [[2.0, 5.0]])) == 2.0
+
+
 def test_shapes_unknown_until_the_step_are_accepted():
     unknown = keras.KerasTensor((None, 3))
     base.check_same_shape(PerPosition(), unknown, np.zeros((4, 3)))

@@ -30,7 +30,7 @@ def test_golden(backend, tmp_path):
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, golden.__file__, "--out", str(out)],
+        [sys.executable, golden.__file__, "--quick", "--out", str(out)],
         env=os.environ | environment,
         capture_output=True,
         text=True,

@@ -81,8 +81,8 @@ def check_file(directory: Path, entry: dict[str, Any]) -> None:
     size = path.stat().st_size if path.exists() else 0
     if size != entry["bytes"]:
         raise ValueError(
-            f"The cache {str(directory)!r} is damaged: {entry['file']} has {size} bytes "
-            f"and should have {entry['bytes']}. Build it anew."
+            f"The cache {str(directory)!r} is damaged: {entry['file']} has {size} "
+            f"bytes and should have {entry['bytes']}. Build it anew."
         )
     if _checksum(path, size) != entry["crc32"]:
         raise ValueError(
@@ -122,18 +122,19 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.bin"
 
 
-def write_shard(path: Path, keys: np.ndarray, records: np.ndarray) -> None:
+def write_shard(path: Path, keys: np.ndarray, records: np.ndarray) -> dict[str, Any]:
     """Writes one shard: a key per row, then `views` records per row, then a checksum.
 
     The checksum in the file tells a later run that the shard is whole before any
     manifest names it.
+
+    Returns:
+        The manifest's entry.
     """
-    parts = [np.ascontiguousarray(keys, KEY), np.ascontiguousarray(records)]
-    parts = [part.view("u1") for part in parts]
-    checksum = 0
-    for part in parts:
-        checksum = zlib.crc32(part, checksum)
-    write_whole(path, [*parts, np.array([checksum], "<u8")])
+    parts = [part.view("u1").data for part in (keys, records)]
+    checksum = zlib.crc32(parts[1], zlib.crc32(parts[0]))
+    entry = write_whole(path, [*parts, np.array([checksum], "<u8")])
+    return entry | {"rows": len(keys)}
 
 
 def whole_shard(path: Path, row_bytes: int) -> dict[str, Any] | None:
@@ -146,12 +147,6 @@ def whole_shard(path: Path, row_bytes: int) -> dict[str, Any] | None:
         trailer = file.read()
     if _checksum(path, size - len(trailer)) != int.from_bytes(trailer, "little"):
         return None
-    return shard_entry(path, row_bytes)
-
-
-def shard_entry(path: Path, row_bytes: int) -> dict[str, Any]:
-    """What the manifest says of a shard."""
-    size = path.stat().st_size
     return {
         "file": path.name,
         "bytes": size,
@@ -186,7 +181,9 @@ class Shards:
         """The keys of one shard's rows."""
         return self._mapped(shard)[0]
 
-    def read(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, rows: np.ndarray, views: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Keys and records of some rows, each in one view."""
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         local = rows - self.starts[shards]

@@ -1,0 +1,1 @@
+"""Networks that learn from themselves, or from labels made softer."""

@@ -1,0 +1,1 @@
+"""What a cache is made of: rows, records, shards and their manifest."""
