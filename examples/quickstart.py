@@ -14,7 +14,8 @@ where distillation has most to win. Run from the root of the project:
     python examples/quickstart.py [--dataset digits|mnist|cifar10] [--smoke]
 
 `digits` comes with scikit-learn. `mnist` and `cifar10` come from TensorFlow Datasets
-(a download, or prepared data in the folder TFDS_DATA_DIR) and take longer.
+(a download, or prepared data in the folder TFDS_DATA_DIR) and take much longer: see
+`--seeds`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Setting:
 SETTINGS = {
     "digits": Setting(1000, 100, (32, 64, 64), (4, 8), 30, 40),
     "mnist": Setting(10000, 100, (32, 64, 64), (4, 8, 8), 10, 20),
-    "cifar10": Setting(20000, 2000, (64, 128, 256, 256), (16, 32, 32), 20, 20, 128),
+    "cifar10": Setting(20000, 2000, (32, 64, 128, 128), (16, 32, 32), 12, 15, 128),
 }
 TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student distilled"
 

@@ -22,12 +22,35 @@ if keras.backend.backend() == "tensorflow":
     from keras_distill.distiller import Distiller
     from keras_distill.explain import explain
     from keras_distill.links import Link
+    from keras_distill.offline import (
+        ActivationBoundaryDistiller,
+        AttentionDistiller,
+        ContrastiveDistiller,
+        FlowDistiller,
+        HintDistiller,
+        InheritExplore,
+        RelationalDistiller,
+        ReusedTeacherClassifier,
+    )
     from keras_distill.online.mutual import MutualLearning
     from keras_distill.online.one import OneEnsemble
+    from keras_distill.policies import ClipToMain
     from keras_distill.selfdistill.exits import BeYourOwnTeacher
     from keras_distill.selfdistill.teacher_free import TeacherFree
+    from keras_distill.suggest import suggest_links
 
     __all__ += ["BaseDistiller", "Distiller", "Link", "explain"]
+    __all__ += ["ClipToMain", "suggest_links"]
+    __all__ += [
+        "ActivationBoundaryDistiller",
+        "AttentionDistiller",
+        "ContrastiveDistiller",
+        "FlowDistiller",
+        "HintDistiller",
+        "InheritExplore",
+        "RelationalDistiller",
+        "ReusedTeacherClassifier",
+    ]
     __all__ += ["BeYourOwnTeacher", "MutualLearning", "OneEnsemble", "TeacherFree"]
     __all__ += [
         "adapters",

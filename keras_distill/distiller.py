@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_distill.adapters import Regressor
 from keras_distill.base import RESERVED, BaseDistiller
+from keras_distill.comparing import agreement, apply_loss, positions
 from keras_distill.heads import Head, find_heads, two_rows
 from keras_distill.links import (
     Link,
@@ -151,6 +152,12 @@ class Distiller(BaseDistiller):
         self._matches: list[Match] = []
         self._soft_loss = _soft_loss(soft_loss, temperature, beta)
         loss = self._soft_loss
+        compares_logits = isinstance(loss, DistillationLoss)
+        if self.student_from_logits is not None and not compares_logits:
+            raise ValueError(
+                "`student_from_logits` has no effect with a soft loss that is not one "
+                f"of kd.losses. Received: {self.student_from_logits}"
+            )
         if loss is None:
             if self.output_weights:
                 raise ValueError("`output_weights` has no effect without a soft loss.")
@@ -159,9 +166,9 @@ class Distiller(BaseDistiller):
             self._temperature = self._scalar("temperature", number(loss.temperature))
             loss.temperature = self._temperature
         self.add_term("soft", 0.9 if beta is None else beta)
-        self._matches = self._match_outputs(isinstance(loss, DistillationLoss))
+        self._matches = self._match_outputs(compares_logits)
         self._check_teacher(self.teacher)
-        if isinstance(loss, DistillationLoss):
+        if compares_logits:
             for match in self._matches:
                 self.add_log(self._agreement_log(match))
 
@@ -340,7 +347,7 @@ class Distiller(BaseDistiller):
         for match in self._matches:
             log = self._agreement_log(match)
             if log in terms:
-                count = _positions(keras.tree.flatten(outputs)[match.student_index])
+                count = positions(keras.tree.flatten(outputs)[match.student_index])
                 active = ops.cast(self.term_active("soft"), "float32")
                 self._logs.update(log, terms.pop(log), count * active)
         return outputs, terms
@@ -353,6 +360,7 @@ class Distiller(BaseDistiller):
         features = keras.tree.map_structure(ops.stop_gradient, features)
         if self._options["check_finite"]:
             self._assert_finite((known, features))
+        across = self._options["across_replicas"]
         terms: dict[str, Any] = {}
         flat, flat_known = keras.tree.flatten(outputs), keras.tree.flatten(known)
         soft = []
@@ -361,7 +369,7 @@ class Distiller(BaseDistiller):
             if isinstance(self._soft_loss, DistillationLoss):
                 student = match.student.logits(student)
                 chosen = match.teacher.chosen(teacher)
-                terms[self._agreement_log(match)] = _agreement(chosen, student)
+                terms[self._agreement_log(match)] = agreement(chosen, student)
                 teacher, student = match.teacher.against(
                     teacher, student, self._teacher_temperature
                 )
@@ -371,7 +379,9 @@ class Distiller(BaseDistiller):
             if isinstance(weight, dict):
                 weight = weight[match.name]
             labels = by_output(y, flat, self._names)[match.student_index]
-            value = _apply_loss(self._soft_loss, teacher, student, labels, weight)
+            value = apply_loss(
+                self._soft_loss, teacher, student, labels, weight, across
+            )
             soft.append(match.weight * value)
         if soft:
             terms["soft"] = sum(soft)
@@ -379,12 +389,13 @@ class Distiller(BaseDistiller):
             teacher = _adapt(
                 link.teacher_adapter, _taps(link.teacher_layer, features), True
             )
-            terms[link.name] = _apply_loss(
+            terms[link.name] = apply_loss(
                 link.loss,
                 teacher,
                 adapted[link.name],
                 by_output(y, flat, self._names)[0],
                 sample_weight,
+                across,
             )
         return terms | self._further_terms(x, features, adapted, sample_weight)
 
@@ -407,6 +418,11 @@ class Distiller(BaseDistiller):
     @property
     def link_names(self) -> tuple[str, ...]:
         return tuple(link.name for link in self.links)
+
+    @property
+    def compares_rows(self) -> bool:
+        losses = [self._soft_loss, *(link.loss for link in self.links)]
+        return any(getattr(loss, "across_batch", False) for loss in losses)
 
     @property
     def teacher_terms(self) -> list[str]:
@@ -610,43 +626,6 @@ def _soft_loss(loss: Any, temperature: Any, beta: Any) -> Any:
             "the compiled loss."
         )
     return loss
-
-
-def _apply_loss(loss: Any, known: Any, own: Any, labels: Any, weight: Any) -> Any:
-    """The scalar value of any loss, weighted from the left and scaled."""
-    mask = getattr(own, "_keras_mask", None)
-    weight = for_masked(weight, mask)
-    if isinstance(loss, DistillationLoss):
-        if loss.needs_labels:
-            if labels is None:
-                raise ValueError(f"{type(loss).__name__} needs labels; there are none.")
-            known = [known, labels]
-        return ops.cast(loss(known, own, weight), "float32")
-    cast = [ops.cast(t, "float32") for t in (known, own)]
-    values = loss.call(*cast)
-    return reduce_values(ops.cast(values, "float32"), weight, mask, loss.reduction)
-
-
-def _agreement(chosen: Any, student: Any) -> Any:
-    """Share of this replica's valid positions where both choose the same class."""
-    own = ops.argmax(student, -1)
-    same = ops.cast(ops.cast(chosen, own.dtype) == own, "float32")
-    mask = getattr(student, "_keras_mask", None)
-    if mask is None:
-        return ops.mean(same)
-    mask = ops.cast(mask, "float32")
-    return ops.divide_no_nan(ops.sum(same * mask), ops.sum(mask))
-
-
-def _positions(output: Any) -> Any:
-    """How much this batch counts in a mean over positions."""
-    mask = getattr(output, "_keras_mask", None)
-    rows = current_rows()
-    if mask is None:
-        return rows
-    share = current_share()
-    here = ops.sum(ops.cast(mask, "float32"))
-    return here if share is None else share.valid(mask)[0]
 
 
 def _check_apart(student: keras.Model, teacher: Teacher) -> None:

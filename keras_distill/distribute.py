@@ -103,7 +103,52 @@ def share_of(x: Any) -> Share:
     rows = tf.cast(tf.shape(leaf)[0], tf.float32)
     count = replicas()
     total = all_reduce(rows) if count > 1 else rows
-    return Share(rows, total, count, all_reduce)
+    return Share(rows, total, count, all_reduce, lambda data: gather(data, rows))
+
+
+def alone() -> Share:
+    """The share of a run outside of any step: one row on one device."""
+    return Share(tf.ones(()), tf.ones(()), 1, tf.identity, tf.identity)
+
+
+def gather(data: Any, rows: Any) -> Any:
+    """Gives every replica the rows of all replicas, in the same order everywhere.
+
+    Gradients come back for a replica's own rows alone, times N / n: each of the
+    replicas computes the same loss of all N rows and takes the part of its own n.
+
+    Args:
+        data: Structure of tensors with this replica's rows first; None stays None.
+        rows: How many rows are real (not padding), a scalar.
+    """
+    here = tf.cast(rows, tf.int32)
+    index = tf.distribute.get_replica_context().replica_id_in_sync_group
+    counts = all_reduce(tf.one_hot(index, replicas(), dtype=tf.int32) * here)
+    before = tf.reduce_sum(tf.where(tf.range(replicas()) < index, counts, 0))
+    total = tf.reduce_sum(counts)
+    after = total - before - here
+
+    def everyone(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        if tensor.dtype == tf.bool:
+            return tf.cast(everyone(tf.cast(tensor, tf.int32)), tf.bool)
+
+        @tf.custom_gradient
+        def summed(own: Any) -> Any:
+            paddings = [[before, after]] + [[0, 0]] * (len(own.shape) - 1)
+
+            def back(gradient: Any) -> Any:
+                own_part = tf.cast(tf.maximum(here, 1) / total, gradient.dtype)
+                part = gradient[before : before + here] / own_part
+                missing = tf.shape(own)[0] - here
+                return tf.pad(part, [[0, missing], *paddings[1:]])
+
+            return all_reduce(tf.pad(own[:here], paddings)), back
+
+        return summed(tensor)
+
+    return keras.tree.map_structure(everyone, data)
 
 
 def pad_empty(data: Any, share: Share) -> Any:

@@ -12,7 +12,14 @@ from typing import Any
 import keras
 from keras.src.models.functional import Functional
 
-from keras_distill.links import children, find_layer, input_spec, paths_of
+from keras_distill.links import (
+    call_model,
+    children,
+    find_layer,
+    input_spec,
+    paths_of,
+    symbolic_run,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Graph:
         if not isinstance(model, keras.Model):
             raise TypeError(f"`{argument}` must be a keras.Model. Received: {model!r}")
         input_spec(model)  # says so if it was never built
-        functional = _graph_of(model)
+        functional = functional_of(model)
         if functional is None:
             raise TypeError(
                 f"`{argument}` must be a functional or sequential model: the graph of "
@@ -86,7 +93,7 @@ class Graph:
                 path = f"{prefix}{layer.name}"
                 arguments = _arguments(node)
                 taken = tuple(numbers[id(t)] for t in _tensors_in(arguments))
-                inner = _graph_of(layer)
+                inner = functional_of(layer)
                 if inner is not None and _fits(inner, arguments):
                     made = self._inline(inner, f"{path}/", taken)
                 else:
@@ -317,6 +324,14 @@ def configuration(model: keras.Layer) -> dict[str, Any]:
     return config
 
 
+def output_spec(model: keras.Layer, inputs: Any) -> Any:
+    """Symbolic outputs of a built model; without running a functional one."""
+    functional = functional_of(model)
+    if functional is not None:
+        return functional._outputs_struct
+    return symbolic_run(lambda x: call_model(model, x, False), inputs)
+
+
 def clone(model: keras.Layer, name: str | None = None) -> Any:
     """A copy of a model that shares nothing with it, perhaps under another name."""
     config = configuration(model)
@@ -329,7 +344,7 @@ def clone(model: keras.Layer, name: str | None = None) -> Any:
 
 def copy_weights(source: keras.Layer, target: keras.Layer) -> None:
     """Copies weights between a layer and its copy, in functional models by name."""
-    if _graph_of(source) is not None:
+    if functional_of(source) is not None:
         named = {child.name: child for child in children(target)}
         for child in children(source):
             copy_weights(child, named[child.name])
@@ -338,7 +353,7 @@ def copy_weights(source: keras.Layer, target: keras.Layer) -> None:
         own.assign(variable)
 
 
-def _graph_of(layer: Any) -> Any:
+def functional_of(layer: Any) -> Any:
     """The functional model behind a layer, None if it computes in another way."""
     call = getattr(type(layer), "call", None)
     if isinstance(layer, keras.Sequential) and call is keras.Sequential.call:

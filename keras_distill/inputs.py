@@ -17,8 +17,8 @@ def plain_inputs(x: Any) -> Any:
 def select_inputs(x: Any, keys: Any) -> Any:
     """The part of `x` that a network sees.
 
-    The rows' positions in the training set (`x["kd_index"]`) are for distillers: without
-    `keys` a network sees the rest.
+    The rows' positions in the training set (`x["kd_index"]`) are for distillers:
+    without `keys` a network sees the rest.
 
     Raises:
         ValueError: If a key is not in `x`.

@@ -258,7 +258,8 @@ def reading(layers: Sequence[keras.Layer]) -> Iterator[dict[int, list[Any]]]:
         layers: The layers to read.
 
     Yields:
-        Per `id(layer)` the list of its outputs, one per call.
+        Per `id(layer)` the list of its outputs, one per call; layers that were called
+        in the order in which they finished, behind those that were not.
     """
     found: dict[int, list[Any]] = {id(layer): [] for layer in layers}
     stack = _passes.__dict__.setdefault("stack", [])
@@ -284,8 +285,8 @@ def _wrap(layer: keras.Layer) -> None:
         def recording(*args: Any, **kwargs: Any) -> Any:
             outputs = call(*args, **kwargs)
             for found in getattr(_passes, "stack", ()):
-                if id(layer) in found:
-                    found[id(layer)].append(outputs)
+                if id(layer) in found:  # moved to the end: see `reading`
+                    found[id(layer)] = [*found.pop(id(layer)), outputs]
             return outputs
 
         layer.__dict__["call"] = recording
@@ -345,7 +346,21 @@ class _Symbolic(keras.Operation):
 
 def symbolic_run(fn: Any, *args: Any) -> Any:
     """What a function returns for symbolic tensors: shapes, without computing."""
-    return _Symbolic(fn).compute_output_spec(*args)
+    failed: list[Exception] = []
+
+    def call(*args: Any) -> Any:
+        try:
+            return fn(*args)
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    try:
+        return _Symbolic(call).compute_output_spec(*args)
+    except Exception:
+        if failed:  # its own message: Keras would wrap it in one about itself
+            raise failed[0] from None
+        raise
 
 
 def input_spec(model: keras.Layer) -> Any:

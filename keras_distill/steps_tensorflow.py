@@ -97,6 +97,11 @@ class Steps:
         """Terms that are transfer from links: see `gradient_policy`."""
         return ()
 
+    @property
+    def compares_rows(self: Any) -> bool:
+        """Whether any loss compares the rows of a batch with each other."""
+        return False
+
     def _apply(
         self: Any,
         groups: list[list[Any]],
@@ -467,7 +472,7 @@ class Steps:
             return
 
         def run(x: Any, y: Any) -> Any:
-            with this_share(Share(tf.ones(()), tf.ones(()), 1, tf.identity)):
+            with this_share(distribute.alone()):
                 outputs = self(x, training=False)
                 labels, weights = self._read(y, None, training=False)
                 self.hard_loss(labels, outputs, weights, weights)
@@ -501,6 +506,11 @@ class Steps:
             raise ValueError(
                 "`across_replicas=True` has no effect on one replica: make student and "
                 "distiller in the scope of a strategy with several."
+            )
+        if across and not self.compares_rows:
+            raise ValueError(
+                "`across_replicas=True` has no effect: no loss of this distiller "
+                "compares rows with each other."
             )
         if several and optimizer is not None and optimizer.gradient_accumulation_steps:
             raise ValueError(

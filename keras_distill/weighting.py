@@ -32,6 +32,7 @@ class Share:
         total: Number of rows on all replicas.
         replicas: Number of replicas.
         all_reduce: Sums a tensor over the replicas.
+        gather: Gives every replica the rows of all, in a structure of tensors.
         logged: Names of the logs that this step updates.
     """
 
@@ -39,6 +40,7 @@ class Share:
     total: Any
     replicas: int
     all_reduce: Callable[[Any], Any]
+    gather: Callable[[Any], Any]
     logged: set[str] = field(default_factory=set)
 
     @property

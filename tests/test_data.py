@@ -50,7 +50,9 @@ def test_fit_tells_the_epoch_through_whatever_follows():
 
     def make(seed):
         rows = shuffled(seed)
-        return rows.map(lambda i: (tf.gather(x, i), tf.gather(y, i), tf.cast(i, "float32")))
+        return rows.map(
+            lambda i: (tf.gather(x, i), tf.gather(y, i), tf.cast(i, "float32"))
+        )
 
     def note(batch):
         seen[-1] += [int(i) for i in batch]

@@ -7,6 +7,7 @@ import os
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import tiny
 
 import keras_distill as kd
@@ -218,10 +219,8 @@ def test_export_is_the_student(tmp_path):
     x, _ = tiny.data()
     distiller = made(student=tiny.mlp())
     distiller.export(tmp_path / "saved", verbose=False)
-    import tensorflow as tf
-
-    served = tf.saved_model.load(tmp_path / "saved").serve(x)
-    np.testing.assert_allclose(served, distiller.student(x), rtol=1e-5)
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    np.testing.assert_allclose(loaded.serve(x), distiller.student(x), rtol=1e-5)
 
 
 # -- configs ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from keras_distill.generations.chain import Generations, Table
 from keras_distill.generations.methods import (
+    METHODS,
     born_again,
     label_refinery,
     noisy_student,
@@ -10,6 +11,7 @@ from keras_distill.generations.methods import (
 from keras_distill.generations.objectives import ConfidenceWeighted, PermutedTarget
 
 __all__ = [
+    "METHODS",
     "ConfidenceWeighted",
     "Generations",
     "PermutedTarget",

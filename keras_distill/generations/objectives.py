@@ -35,8 +35,9 @@ class ConfidenceWeighted(DistillationLoss):
 
     Example:
 
+    >>> import numpy as np
     >>> from keras_distill.generations import ConfidenceWeighted
-    >>> teacher, labels = [[9.0, -9.0], [0.0, 0.0]], [0, 1]
+    >>> teacher, labels = np.array([[9.0, -9.0], [0.0, 0.0]]), np.array([0, 1])
     >>> loss = ConfidenceWeighted()([teacher, labels], [[0.0, 0.0], [9.0, -9.0]])
     >>> print(f"{float(loss):.3f}")
     6.462

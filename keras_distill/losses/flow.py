@@ -179,12 +179,15 @@ class SingularValue(DistillationLoss):
             candidates = right_vectors(
                 flatten_positions(student), self.rank + 3, by_decomposition
             )
-            # Row by row, ‖M v‖ is the singular value.
-            image = ops.stop_gradient(ops.matmul(matrix, target))
-            weight = ops.sqrt(ops.sum(ops.square(image), 1, keepdims=True))
-            weight = normalize(weight)
-            teacher_vectors.append(target * weight)
-            student_vectors.append(aligned(candidates, target) * weight)
+            student_vector = aligned(candidates, target)
+            if self.rank > 1:
+                # ‖M v‖ is the singular value.
+                image = ops.stop_gradient(ops.matmul(matrix, target))
+                weight = ops.sqrt(ops.sum(ops.square(image), 1, keepdims=True))
+                weight = normalize(weight)
+                target, student_vector = target * weight, student_vector * weight
+            teacher_vectors.append(target)
+            student_vectors.append(student_vector)
         return sum(
             ops.sum(ops.square(student - teacher), (1, 2, 3))
             for teacher, student in zip(

@@ -101,7 +101,7 @@ class VirtualTeacher(DistillationLoss):
 
     >>> loss = VirtualTeacher(correct=0.9, temperature=0.2)
     >>> print(f"{float(loss([0], [[0.4, 0.0]])):.4f}")
-    0.0478
+    0.0728
 
     References:
         Yuan et al., Revisiting Knowledge Distillation via Label Smoothing

@@ -53,7 +53,7 @@ class RelationalDistance(DistillationLoss):
 
     >>> loss = RelationalDistance()
     >>> print(f"{float(loss([[0.0], [1.0], [2.0]], [[0.0], [1.0], [1.0]])):.4f}")
-    0.1667
+    0.1250
 
     References:
         Park et al., Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068).
@@ -155,7 +155,7 @@ class ProbabilisticTransfer(DistillationLoss):
 
     >>> loss = ProbabilisticTransfer()
     >>> print(f"{float(loss([[1.0, 0.0], [1.0, 0.1]], [[1.0, 0.0], [0.0, 1.0]])):.4f}")
-    0.0290
+    0.0292
 
     References:
         Passalis, Tefas, Learning Deep Representations with Probabilistic Knowledge

@@ -67,9 +67,8 @@ def aligned(candidates: Any, target: Any) -> Any:
 
 def by_decomposition(gram: Any, count: int) -> tuple[Any, Any]:
     """The leading eigenvectors, and all eigenvalues and eigenvectors."""
-    values, vectors = ops.eigh(gram)
-    values, vectors = ops.flip(values, -1), ops.flip(vectors, -1)
-    return vectors[:, :, :count], (values, vectors)
+    values, vectors = ops.eigh(gram)  # in ascending order
+    return ops.flip(vectors[:, :, -count:], -1), (values, vectors)
 
 
 def by_powers(gram: Any, count: int) -> tuple[Any, None]:
@@ -83,7 +82,7 @@ def by_powers(gram: Any, count: int) -> tuple[Any, None]:
         power = _unit_trace(gram)
         # Vectors that are equal up to rounding never part: hence a limit.
         _, power = ops.while_loop(
-            lambda mixed, power: ops.any(mixed > 1e-4),
+            lambda mixed, power: ops.any(mixed > 1e-3),
             lambda mixed, power: _fourth_power(power),
             (ops.ones_like(power[:, 0, 0]), power),
             maximum_iterations=20,
@@ -118,7 +117,7 @@ def _eigenvectors(matrix: Any, count: int, solve: Solver) -> Any:
     def eigenvectors(a: Any) -> tuple[Any, Any]:
         gram = ops.matmul(ops.transpose(a, (0, 2, 1)), a)
         # A decomposition ends the program where it meets a NaN.
-        finite = ops.all(ops.isfinite(gram), (1, 2), keepdims=True)
+        finite = ops.isfinite(ops.trace(gram, axis1=1, axis2=2))[:, None, None]
         gram = ops.where(finite, gram, 0.0)
         vectors, everything = solve(gram, count)
 
@@ -128,9 +127,10 @@ def _eigenvectors(matrix: Any, count: int, solve: Solver) -> Any:
             if upstream is None:
                 (upstream,) = args
             values, basis = everything or by_decomposition(gram, count)[1]
-            gap = values[:, None, :count] - values[:, :, None]
+            leading = ops.flip(values[:, None, -count:], -1)
+            gap = leading - values[:, :, None]
             dtype = keras.backend.standardize_dtype(values.dtype)
-            apart = ops.abs(gap) > ROUNDING[dtype] * values[:, None, :1]
+            apart = ops.abs(gap) > ROUNDING[dtype] * leading[:, :, :1]
             inverse = ops.where(apart, 1.0 / ops.where(apart, gap, 1.0), 0.0)
             turn = ops.matmul(ops.transpose(basis, (0, 2, 1)), upstream) * inverse
             turn = ops.matmul(basis, turn)

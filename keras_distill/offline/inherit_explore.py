@@ -9,8 +9,8 @@ import keras
 
 from keras_distill.adapters import Paraphraser, Translator
 from keras_distill.links import Link
-from keras_distill.losses.base import PACKAGE
 from keras_distill.losses.adapted import FactorTransfer
+from keras_distill.losses.base import PACKAGE
 from keras_distill.offline.preset import Preset, labels_and_links, two_layers
 
 
@@ -43,8 +43,8 @@ class PartTranslator(Translator):
         super().check_map(student_shape, teacher_shape)
         if student_shape[-1] < 2:
             raise ValueError(
-                "`features`: a student's feature of one channel cannot be split in two. "
-                f"Received shape {student_shape}."
+                "`features`: a student's feature of one channel cannot be split in "
+                f"two. Received shape {student_shape}."
             )
 
     def build_parts(self, input_shape: Any) -> None:

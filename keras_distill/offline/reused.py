@@ -89,7 +89,9 @@ class ReusedTeacherClassifier(Preset):
             teacher_adapter=_pooling(known, grid),
             name="projection",
         )
-        super().__init__(student, teacher, own=[link], alpha=alpha, **options)
+        super().__init__(
+            student, teacher, own=[link], alpha=alpha, soft_loss=None, **options
+        )
         self.projection_weight = weight
         self.projector = self.own_links[0].adapter
         shape = (None, *grid, known[-1])
@@ -162,7 +164,7 @@ def _smaller_grid(one: tuple, other: tuple) -> tuple:
 
 
 def _pooling(shape: tuple, grid: tuple) -> keras.Layer | None:
-    """A plain layer that averages a grid to a smaller one, None where it has its size."""
+    """A plain layer that averages a grid to a smaller one; None if it is that."""
     if shape[1:3] == grid:
         return None
     if all(m % n == 0 for m, n in zip(shape[1:3], grid, strict=True)):

@@ -126,8 +126,8 @@ class Staged(Preset):
         for argument in ("validation_data", "validation_split"):
             if fit.get(argument):
                 raise ValueError(
-                    f"`{argument}` is not available in `fit_hints`: evaluation runs the "
-                    "student alone, and the hints need the teacher."
+                    f"`{argument}` is not available in `fit_hints`: evaluation runs "
+                    "the student alone, and the hints need the teacher."
                 )
         stage = self._stage(self.hints)
         with self.distribute_strategy.scope():

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.graphs import clone
+from keras_distill.graphs import clone, output_spec
 from keras_distill.heads import Head, find_heads, two_rows
 from keras_distill.links import call_model, input_spec, symbolic_run
 from keras_distill.losses.base import PACKAGE
@@ -53,7 +53,7 @@ class GatedEnsemble(keras.Model):
                 "`branches` holds the same model twice. Make copies of it."
             )
         spec = input_spec(stem)
-        shared = symbolic_run(lambda x: call_model(stem, x, False), spec)
+        shared = output_spec(stem, spec)
         if not isinstance(shared, keras.KerasTensor):
             raise ValueError(
                 f"`stem` must have one output. {stem.name!r} has "
@@ -66,15 +66,14 @@ class GatedEnsemble(keras.Model):
         if not isinstance(gate, keras.Layer):
             raise TypeError(f"`gate` must be a keras.Layer. Received: {gate!r}")
         self.gate = gate
-        self._check_branches(shared)
+        self._head = self._find_head(spec, self._check_branches(shared))
         self._check_gate(shared)
-        self._head = self._find_head(spec)
         self.built = True
 
-    def _check_branches(self, shared: Any) -> None:
+    def _check_branches(self, shared: Any) -> Any:
         shapes = []
         for branch in self.branches:
-            output = symbolic_run(lambda x, b=branch: call_model(b, x, False), shared)
+            output = output_spec(branch, shared)
             if not isinstance(output, keras.KerasTensor):
                 raise ValueError(f"The branch {branch.name!r} must have one output.")
             shapes.append(tuple(output.shape)[1:])
@@ -83,6 +82,7 @@ class GatedEnsemble(keras.Model):
                 "The branches must have outputs of one shape, with the same classes. "
                 f"Received: {shapes}"
             )
+        return output
 
     def _check_gate(self, shared: Any) -> None:
         weights = symbolic_run(lambda x: call_model(self.gate, x, False), shared)
@@ -93,16 +93,12 @@ class GatedEnsemble(keras.Model):
                 f"Received: {tuple(weights.shape)}"
             )
 
-    def _find_head(self, spec: Any) -> Head:
+    def _find_head(self, spec: Any, output: Any) -> Head:
         def run() -> Any:
             shared = call_model(self.stem, two_rows(spec), False)
             return call_model(self.branches[0], shared, False)
 
-        branch = self.branches[0]
-        outputs = symbolic_run(
-            lambda x: call_model(branch, call_model(self.stem, x, False), False), spec
-        )
-        return find_heads(branch, outputs, None, "branches", run)[0]
+        return find_heads(self.branches[0], output, None, "branches", run)[0]
 
     # -- what other parts of the package ask a model --------------------------------
 

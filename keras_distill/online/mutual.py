@@ -186,7 +186,6 @@ class MutualLearning(BaseDistiller):
         self,
         optimizer: Any = "rmsprop",
         *args: Any,
-        auto_scale_loss: bool = True,
         **kwargs: Any,
     ) -> MutualLearning:
         """Prepares training, as `kd.BaseDistiller.compile`.
@@ -195,9 +194,8 @@ class MutualLearning(BaseDistiller):
             optimizer: One optimizer, which is cloned for each network, or a list with
                 one per network.
             *args: As there.
-            auto_scale_loss: Whether the loss of a network is scaled when any of its
-                layers computes in float16.
-            **kwargs: As there. `check_finite` looks at the networks' logits.
+            **kwargs: As there. `auto_scale_loss` scales the loss of each network that
+                computes in float16. `check_finite` looks at the networks' logits.
                 `skip_nonfinite` skips the networks from the one with NaN or infinity
                 on.
 
@@ -212,13 +210,12 @@ class MutualLearning(BaseDistiller):
                     f"Received: {kwargs[option]!r}"
                 )
         optimizers = one_for_each(optimizer, len(self.networks))
+        if kwargs.get("auto_scale_loss", True):
+            pairs = zip(optimizers, self.networks, strict=True)
+            optimizers = [_scaling(one, network) for one, network in pairs]
         group = PeerOptimizers(optimizers)
-        if auto_scale_loss:
-            group = PeerOptimizers(
-                [_scaling(o, n) for o, n in zip(optimizers, self.networks, strict=True)]
-            )
         group.build_each([network.trainable_variables for network in self.networks])
-        super().compile(group, *args, auto_scale_loss=False, **kwargs)
+        super().compile(group, *args, **kwargs | {"auto_scale_loss": False})
         return self
 
     @property

@@ -21,18 +21,10 @@ class PeerOptimizers(keras.optimizers.Optimizer):
     Args:
         optimizers: One optimizer per network.
         name: Name of the whole.
-
-    Raises:
-        ValueError: If two networks share an optimizer.
     """
 
     def __init__(self, optimizers: Sequence[Any], name: str | None = None) -> None:
         super().__init__(learning_rate=0.0, name=name)
-        if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
-            raise ValueError(
-                "`optimizer`: two networks share one optimizer object. Give one "
-                "optimizer (it is cloned for each), or a list of different objects."
-            )
         self.members = tuple(optimizers)
         steps = [o.gradient_accumulation_steps for o in optimizers]
         self.gradient_accumulation_steps = next(filter(None, steps), None)
@@ -90,7 +82,7 @@ def one_for_each(optimizer: Any, count: int) -> list[Any]:
     """One optimizer per network: clones of one, or the items of a list.
 
     Raises:
-        ValueError: If a list does not have one optimizer per network.
+        ValueError: If a list does not have one optimizer per network, or has one twice.
     """
     if isinstance(optimizer, PeerOptimizers):
         optimizer = optimizer.members
@@ -100,6 +92,12 @@ def one_for_each(optimizer: Any, count: int) -> list[Any]:
                 f"`optimizer` must be one optimizer, or a list of {count}, one per "
                 f"network. Received {len(optimizer)}."
             )
-        return [keras.optimizers.get(item) for item in optimizer]
+        found = [keras.optimizers.get(item) for item in optimizer]
+        if len({id(item) for item in found}) < count:
+            raise ValueError(
+                "`optimizer`: two networks share one optimizer object. Give one "
+                "optimizer (it is cloned for each), or a list of different objects."
+            )
+        return found
     config = keras.saving.serialize_keras_object(keras.optimizers.get(optimizer))
     return [keras.saving.deserialize_keras_object(config) for _ in range(count)]

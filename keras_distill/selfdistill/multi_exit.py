@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distill.graphs import output_spec
 from keras_distill.heads import Head, find_heads, two_rows
 from keras_distill.links import call_model, input_spec, symbolic_run
 from keras_distill.losses.base import PACKAGE
@@ -275,7 +276,7 @@ def classifier(model: keras.Model, width: int, name: str) -> keras.Model:
         name: Name of the model.
     """
     spec = input_spec(model)
-    output = symbolic_run(lambda x: call_model(model, x, False), spec)
+    output = output_spec(model, spec)
     if len(output.shape) != 2:
         raise ValueError(
             "`model` must give one row of class scores per row of data. Its output has "

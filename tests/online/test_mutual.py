@@ -313,6 +313,7 @@ def test_bad_input():
     shared = keras.optimizers.SGD()
     with pytest.raises(ValueError, match="share one optimizer"):
         mutual.compile([shared, shared], tiny.SPARSE)
+    assert len({id(o) for o in mutual.compile(["sgd", "sgd"]).optimizers}) == 2
     with pytest.raises(ValueError, match="list of 2, one per network. Received 3"):
         mutual.compile(["sgd", "sgd", "sgd"], tiny.SPARSE)
     with pytest.raises(ValueError, match="`log_gradient_share` has no effect"):

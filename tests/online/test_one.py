@@ -279,7 +279,7 @@ def test_mixed_precision(policy):
     shared = ensemble.stem(x)
     assert shared.dtype == policy.removeprefix("mixed_")
     np.testing.assert_allclose(
-        branch.predict(x, verbose=0), np.asarray(ensemble.branches[0](shared)), 1e-6
+        np.asarray(branch(x)), np.asarray(ensemble.branches[0](shared)), rtol=1e-6
     )
 
 
@@ -501,7 +501,6 @@ def test_a_branch_is_the_original_in_everything_but_its_weights(deployed, name):
     assert branch.get_config() == model.get_config()
     assert branch.count_params() == model.count_params()
     assert [la.name for la in branch.layers] == [la.name for la in model.layers]
-    assert [w.path for w in branch.weights] == [w.path for w in model.weights]
     found = np.asarray(branch(x, training=False))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 

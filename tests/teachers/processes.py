@@ -1,7 +1,8 @@
 """Caches in processes of their own: killed, at the same time, with replicas.
 
-Run as a script: `processes.py <what> <directory>`. TensorFlow is imported once; each
-process is forked before it is used.
+Run as a script: `processes.py <directory>`. TensorFlow is imported once; each process
+is forked before it is used. Each check writes `<check>/result.txt`: "done", or what went
+wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -161,7 +163,20 @@ def replicas(directory: Path) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def checked(check, directory: Path) -> None:
+    directory.mkdir()
+    result = "done"
+    try:
+        check(directory)
+    except BaseException:
+        result = traceback.format_exc()
+    (directory / "result.txt").write_text(result)
+
+
 if __name__ == "__main__":
-    {"kills": kills, "together": together, "replicas": replicas}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    running = [
+        forked(lambda check=check: checked(check, Path(sys.argv[1]) / check.__name__))
+        for check in (kills, together, replicas)
+    ]
+    for pid in running:
+        finished(pid)

@@ -84,7 +84,9 @@ def test_the_optimum_is_the_teacher(temperature, float16):
 
     start = np.random.default_rng(1).normal(size=CLASSES)
     scaled = lambda s: [part * 1e3 for part in value_and_slope(s)]  # noqa: E731
-    best = minimize(scaled, start, jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    best = minimize(
+        scaled, start, jac=True, method="L-BFGS-B", options={"maxiter": 200}
+    )
     p = softmax(z.astype("float64") / temperature)[0]
     q = softmax(best.x / temperature)
     kept = np.argsort(-z[0])[:K]
@@ -167,9 +169,7 @@ def test_a_sparse_cache_teaches(cache):
     distiller = tiny.compiled(kd.Distiller(tiny.mlp(), cache))
     before = tiny.values(distiller.student.weights)
     x, y = tiny.data(24)
-    teacher, student = (
-        np.asarray(m(x)) for m in (tiny.teacher(), distiller.student)
-    )
+    teacher, student = (np.asarray(m(x)) for m in (tiny.teacher(), distiller.student))
     logs = tiny.history(distiller, cache.attach(data()).batch(24))
     order = np.argsort(-teacher, -1)[:, :2]
 

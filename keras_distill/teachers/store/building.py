@@ -141,10 +141,17 @@ class Builder:
         if first is None:
             raise ValueError("`dataset` is empty: there is no row to store.")
         arguments = self.arguments
+        try:
+            example = self.teacher(first[-1], self.paths, self.temperature)
+        except ValueError as error:
+            raise ValueError(
+                "The teacher cannot run on a row of `dataset`, which must hold single "
+                f"rows, not batches: {error}"
+            ) from error
         codec = Codec.of(
             self.teacher,
             self.paths,
-            self.teacher(first[-1], self.paths, self.temperature),
+            example,
             arguments["dtype"],
             arguments["top_k"],
             tuple(arguments["temperatures"]),

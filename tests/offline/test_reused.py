@@ -1,0 +1,77 @@
+"""ReusedTeacherClassifier: the deployed model is the trained one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tiny
+from offline import nets
+
+import keras_distill as kd
+
+
+@pytest.fixture(scope="module")
+def trained(teacher, digits):
+    distiller = kd.ReusedTeacherClassifier(
+        nets.net(3), teacher, features=("relu2", "relu3")
+    )
+    distiller.compile(
+        keras.optimizers.Adam(0.01), nets.SPARSE, ["accuracy"], run_eagerly=True
+    )
+    tiny.history(distiller, *digits, batch_size=32, epochs=6)
+    return distiller
+
+
+def test_the_deployed_model_is_plain_and_predicts_the_same(trained, digits, tmp_path):
+    model = trained.deploy()
+    expected = trained.predict(digits[0][:16], verbose=0)
+    np.testing.assert_allclose(
+        model.predict(digits[0][:16], verbose=0), expected, rtol=1e-4, atol=1e-5
+    )
+    assert not {id(v) for v in model.variables} & {id(v) for v in trained.variables}
+    path = tmp_path / "model.keras"
+    model.save(path)
+    np.save(tmp_path / "x.npy", digits[0][:16])
+    code = (
+        "import keras, numpy, sys; m = keras.saving.load_model(sys.argv[1]); "
+        "numpy.save(sys.argv[3], m.predict(numpy.load(sys.argv[2]), verbose=0)); "
+        "assert not any(n.startswith('keras_distill') for n in sys.modules)"
+    )
+    out = tmp_path / "out.npy"
+    command = [sys.executable, "-c", code, path, tmp_path / "x.npy", out]
+    subprocess.run([str(part) for part in command], check=True, cwd=tmp_path)
+    np.testing.assert_allclose(np.load(out), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_teachers_classifier_reads_the_students_features(trained, teacher, digits):
+    logs = trained.evaluate(*digits, verbose=0, return_dict=True)
+    assert logs["accuracy"] > 0.5
+    own = [v.numpy() for v in trained.classifier.variables[-2:]]
+    np.testing.assert_array_equal(own[0], teacher.get_layer("logits").kernel.numpy())
+    assert not trained.classifier.trainable_variables
+    known = {id(v) for v in teacher.variables}
+    assert not known & {id(v) for v in trained.variables}
+
+
+def test_a_smaller_student_grid_pools_the_teachers(teacher, digits):
+    distiller = kd.ReusedTeacherClassifier(
+        nets.net(3), teacher, features=("relu3", "relu2")
+    )
+    # The rest of the teacher is convolutional: it takes the smaller grid.
+    assert distiller.projector.target_shape == (2, 2, 12)
+    distiller.compile("sgd", nets.SPARSE, run_eagerly=True)
+    tiny.history(distiller, digits[0][:32], digits[1][:32])
+    predicted = distiller.predict(digits[0][:4], verbose=0)
+    deployed = distiller.deploy().predict(digits[0][:4], verbose=0)
+    np.testing.assert_allclose(deployed, predicted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_that_cannot_be_cut_out_is_asked_for(teacher):
+    with pytest.raises(TypeError, match="Give `classifier=`"):
+        kd.ReusedTeacherClassifier(
+            nets.net(3), [teacher, teacher], features=("relu3", "0/relu3")
+        )
