@@ -36,6 +36,7 @@ from keras_distill.weighting import (
     hand_on,
     label_kind,
     multiply,
+    note_log,
     read_labels,
 )
 
@@ -304,12 +305,13 @@ class BaseDistiller(Steps, keras.Model):
         extra = self.regularization()
         if extra is not None:
             losses["regularization"] = extra
-        if not losses:
+        if losses:
+            self._log_total(list(losses.values()))
+        elif training or self._compile_metrics is None:
             raise ValueError(
                 "There is no loss to compute: no labels, or no `loss` in compile(), "
                 "and no other term."
             )
-        self._log_total(list(losses.values()))
         return losses
 
     def _scaled(self, weights: list[Any]) -> list[Any]:
@@ -336,6 +338,7 @@ class BaseDistiller(Steps, keras.Model):
 
     def _log_total(self, losses: list[Any]) -> None:
         total = ops.sum(ops.stack(losses))
+        note_log("loss")
         self._loss_tracker.update_state(
             _unscaled(ops.stop_gradient(total)), current_rows()
         )
@@ -653,7 +656,9 @@ class BaseDistiller(Steps, keras.Model):
 
     def get_metrics_result(self) -> dict[str, Any]:
         """The logs of what ran since the last reset; the rest is left out."""
-        results = {"loss": self._loss_tracker.result()}
+        results = {}
+        if number(self._loss_tracker.count) > 0:
+            results["loss"] = self._loss_tracker.result()
         if self._logs.ran("labelled"):
             results |= self._compiled_results()
         return results | self._logs.results(filter(self._logs.ran, self._logs.names))

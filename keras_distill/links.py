@@ -383,9 +383,9 @@ def input_spec(model: keras.Layer) -> Any:
             f"The model {model.name!r} was never built: its input shape is unknown. "
             "Call it once on a batch of data, or give it an Input."
         )
-    shape = config.get("input_shape", config.get("shapes_dict"))
-    if isinstance(shape, dict):
-        shapes = list(shape.values())
+    shape = config.get("input_shape")
+    if shape is None:
+        shapes = list(config["shapes_dict"].values())
         shape = shapes[0] if len(shapes) == 1 else shapes
 
     def tensor(shape: Any) -> Any:

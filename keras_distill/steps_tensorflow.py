@@ -483,7 +483,9 @@ class Steps:
 
     def _step_results(self: Any, share: Share) -> dict[str, Any]:
         """The logs of what this step computed."""
-        results = {"loss": self._loss_tracker.result()}
+        results = {}
+        if "loss" in share.logged:
+            results["loss"] = self._loss_tracker.result()
         if "labelled" in share.logged:
             results |= self._compiled_results()
         shown = [name for name in self._logs.names if name in share.logged]

@@ -29,7 +29,8 @@ def distiller_of(dtype, **kwargs):
 def test_a_student_of_lower_precision_learns_from_a_float32_teacher(dtype, run_eagerly):
     x, y = tiny.data()
     distiller = distiller_of(dtype)
-    tiny.compiled(distiller, optimizer="adam", run_eagerly=run_eagerly)
+    # Not Adam: its 0.999 is 1 in bfloat16, so that it would not move at all.
+    tiny.compiled(distiller, optimizer="sgd", run_eagerly=run_eagerly)
     assert isinstance(distiller.optimizer, SCALED) == (dtype == "mixed_float16")
     before = tiny.values(distiller.student.weights)
     logs = tiny.history(distiller, x, y, epochs=2)

@@ -216,7 +216,7 @@ class BeYourOwnTeacher(BaseDistiller):
             threshold: A probability: each row leaves at the first exit that gives a
                 class at least this one, or at the last. Rows that left are not
                 computed further.
-            **kwargs: As in Keras; with `threshold` only `batch_size`.
+            **kwargs: As in Keras; with `threshold` `batch_size` and `verbose`.
 
         Returns:
             The outputs, as `keras.Model.predict`.

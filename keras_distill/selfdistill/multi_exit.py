@@ -174,7 +174,11 @@ class Predictors:
         return self._models["part", index]
 
     def leave_early(
-        self, x: Any, threshold: float, batch_size: int | None = None
+        self,
+        x: Any,
+        threshold: float,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
     ) -> np.ndarray:
         """Outputs of the exit at which each row is sure enough.
 
@@ -182,13 +186,14 @@ class Predictors:
             x: Arrays of rows, or a data set of batches.
             threshold: The probability at which a row leaves.
             batch_size: Rows that go through the network together, 32 by default.
+            verbose: 0 for no progress bar.
         """
-        return np.concatenate(
-            [
-                self._leave_early(batch, threshold)
-                for batch in _batches(x, batch_size or 32)
-            ]
-        )
+        bar = keras.utils.Progbar(None, verbose=1 if verbose == "auto" else verbose)
+        outputs = []
+        for batch in _batches(x, batch_size or 32):
+            outputs.append(self._leave_early(batch, threshold))
+            bar.update(len(outputs))
+        return np.concatenate(outputs)
 
     def _leave_early(self, x: Any, threshold: float) -> np.ndarray:
         """One batch through the parts; each gets the rows that are still there."""

@@ -295,12 +295,12 @@ def _in_precision(model: keras.Model, dtype: Any) -> keras.Model:
 
 
 def _with_dtype(config: Any, policy: Any) -> Any:
+    """A model's config with another policy in every layer; tensors keep their dtype."""
     if isinstance(config, dict):
         changed = {key: _with_dtype(value, policy) for key, value in config.items()}
-        if "dtype" in changed and config.get("dtype") not in ("int32", "int64", "bool"):
+        if isinstance(config.get("dtype"), dict):  # a layer's; a tensor's is a string
             changed["dtype"] = keras.saving.serialize_keras_object(policy)
         return changed
     if isinstance(config, (list, tuple)):
         return type(config)(_with_dtype(item, policy) for item in config)
     return config
-

@@ -192,7 +192,7 @@ def test_logs_and_metrics():
     assert values["loss"] == pytest.approx(total + values["soft_loss"], rel=1e-5)
     # What the branches predict says what was logged.
     for index in range(2):
-        logits = ensemble.deploy(index).predict(x, verbose=0)
+        logits = np.asarray(ensemble.deploy(index)(x))
         accuracy = np.mean(logits.argmax(-1) == y)
         assert values[f"val_branch_{index}_accuracy"] == pytest.approx(accuracy)
         loss = float(SPARSE(y, logits))
@@ -247,16 +247,15 @@ def test_a_model_with_probabilities_keeps_them(head):
     compiled(ensemble, loss or "sparse_categorical_crossentropy", metrics=["accuracy"])
     logs = fit(ensemble, x, y)
     assert logs["accuracy"] == pytest.approx(logs["ensemble_accuracy"])
-    p = [ensemble.deploy(i).predict(x, verbose=0) for i in range(2)]
+    p = [np.asarray(ensemble.deploy(i)(x)) for i in range(2)]
     gate = np.asarray(ensemble.gate(ensemble.stem(x)))
     if head == "sigmoid":
         p = [np.concatenate([1 - q, q], -1) for q in p]
     mixed = sum(g[:, None] * np.log(q) for g, q in zip(gate.T, p, strict=True))
     expected = np.exp(mixed) / np.exp(mixed).sum(-1, keepdims=True)
     expected = expected[:, 1:] if head == "sigmoid" else expected
-    found = ensemble.predict(x, verbose=0)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    plain = ensemble.deploy("ensemble").predict(x, verbose=0)
+    np.testing.assert_allclose(np.asarray(ensemble(x)), expected, rtol=1e-5)
+    plain = np.asarray(ensemble.deploy("ensemble")(x))
     np.testing.assert_allclose(plain, expected, rtol=1e-5)
 
 
@@ -286,9 +285,9 @@ def test_mixed_precision(policy):
 def test_jit_compile():
     x, y = data()
     results = []
-    for jit in (False, True):
+    for options in ({"run_eagerly": True}, {"run_eagerly": False, "jit_compile": True}):
         keras.utils.set_random_seed(0)
-        ensemble = compiled(one(), jit_compile=jit, run_eagerly=False)
+        ensemble = compiled(one(), **options)
         results.append(fit(ensemble, x, y)["loss"])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
@@ -314,9 +313,9 @@ def test_parts_of_ones_own():
     assert ensemble.branches == branches
     deployed = ensemble.deploy(1)
     expected = np.asarray(branches[1](stem(x)))
-    np.testing.assert_allclose(deployed.predict(x, verbose=0), expected, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(deployed(x)), expected, rtol=1e-6)
     expected = ensemble.predict(x, verbose=0)
-    found = ensemble.deploy("ensemble").predict(x, verbose=0)
+    found = np.asarray(ensemble.deploy("ensemble")(x))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -383,12 +382,9 @@ def test_saved_and_loaded_it_goes_on_as_before(tmp_path):
     ensemble.save(tmp_path / "one.keras")
     loaded = keras.saving.load_model(tmp_path / "one.keras")
     for which in (0, 1, "best", "ensemble"):
-        expected = ensemble.deploy(which).predict(x, verbose=0)
-        found = loaded.deploy(which).predict(x, verbose=0)
-        np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(
-        loaded.predict(x, verbose=0), ensemble.predict(x, verbose=0)
-    )
+        expected = np.asarray(ensemble.deploy(which)(x))
+        np.testing.assert_array_equal(np.asarray(loaded.deploy(which)(x)), expected)
+    np.testing.assert_array_equal(np.asarray(loaded(x)), np.asarray(ensemble(x)))
     loaded.run_eagerly = True
     first = fit(ensemble, x, y, initial_epoch=1, epochs=3)
     second = fit(loaded, x, y, initial_epoch=1, epochs=3)

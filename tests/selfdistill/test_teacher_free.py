@@ -54,7 +54,7 @@ def _step(distiller, loss=SPARSE):
 
 @keras.saving.register_keras_serializable(package="tests")
 class _Released(losses.VirtualTeacher):
-    """The released code's divergence: the student at temperature 1, a mean over classes.
+    """The released code's: the student at temperature 1, a mean over classes.
 
     Dividing T times the logits by T leaves the logits.
     """

@@ -1,8 +1,8 @@
 """Caches in processes of their own: killed, at the same time, with replicas.
 
 Run as a script: `processes.py <directory>`. TensorFlow is imported once; each process
-is forked before it is used. Each check writes `<check>/result.txt`: "done", or what went
-wrong.
+is forked before it is used. Each check writes `<check>/result.txt`: "done", or what
+went wrong.
 """
 
 from __future__ import annotations

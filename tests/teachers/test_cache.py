@@ -337,7 +337,10 @@ def shown(cache, epoch, dataset=None):
 
 def test_each_view_is_shown_once_in_as_many_epochs(views, teacher):
     seen = [shown(views, epoch)["inputs"].numpy() for epoch in range(VIEWS)]
-    assert all(len({row.tobytes() for row in rows}) == VIEWS for rows in zip(*seen))
+    assert all(
+        len({row.tobytes() for row in rows}) == VIEWS
+        for rows in zip(*seen, strict=True)
+    )
     assert np.array_equal(shown(views, VIEWS)["inputs"], seen[0])
     # Rows are not all at the same view.
     places = [int(key) % VIEWS for key in views._shards.keys(0)]
@@ -448,9 +451,9 @@ def test_other_data(cache, teacher):
         Cache.build(teacher, data(X + 1, Y), cache.path, **options)
     with pytest.raises(ValueError, match="Received rows with"):
         Cache.build(teacher, data(X.astype("float64"), Y), cache.path, **options)
+    changed = X.copy()
+    changed[3, 0] += 1e-6
     with pytest.raises(tf.errors.OpError, match="1 of 24 rows are not in the cache"):
-        changed = X.copy()
-        changed[3, 0] += 1e-6
         told(cache, data(changed, Y))
     for rows in (data().batch(4), data(X.astype("float64"), Y), data({"x": X}, Y)):
         with pytest.raises(ValueError, match="`dataset` must hold single rows"):
