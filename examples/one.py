@@ -1,7 +1,7 @@
 """One network with three branches that teach each other, deployed at its own size.
 
 A small residual network is trained twice for the same number of epochs: as it is, and
-with three branches in place of its last stage (ONE), whose gated mixture is the teacher.
+with three branches in place of its last stage (ONE), taught by their gated mixture.
 The best branch, chosen on the validation part, has exactly the plain network's layers.
 
     python examples/one.py [--dataset digits|mnist|cifar10] [--smoke]

@@ -240,9 +240,34 @@ def apply(optimizer: Any, gradients: list[Any], variables: list[Any], ok: Any) -
     tf.distribute.get_replica_context().merge_call(across, args=(ok, parts))
 
 
+def check_strategy(strategy: tf.distribute.Strategy) -> None:
+    """Raises ValueError for a strategy whose steps are not as here."""
+    supported = (
+        tf.distribute.OneDeviceStrategy,
+        tf.distribute.MirroredStrategy,
+        tf.distribute.MultiWorkerMirroredStrategy,
+    )
+    if tf.distribute.has_strategy() and not isinstance(strategy, supported):
+        names = ", ".join(f"tf.distribute.{one.__name__}" for one in supported)
+        raise ValueError(
+            f"{type(strategy).__name__} is not supported. Supported are: {names}"
+        )
+
+
+def check_batch_size(batch_size: Any, strategy: tf.distribute.Strategy) -> None:
+    """Raises ValueError for a global batch that leaves replicas without rows."""
+    count = strategy.num_replicas_in_sync
+    if batch_size is not None and batch_size < count:
+        raise ValueError(
+            "`batch_size` is the global one, of all replicas together, and must give "
+            f"each of the {count} a row. Received: {batch_size}"
+        )
+
+
 def check_scope(student: Any) -> None:
     """Raises ValueError unless student and distiller are made in the same scope."""
     strategy = tf.distribute.get_strategy()
+    check_strategy(strategy)
     for variable in student.variables:
         value = variable.value
         owner = getattr(value, "distribute_strategy", None)

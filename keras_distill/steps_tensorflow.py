@@ -298,9 +298,14 @@ class Steps:
 
     def _drops_ragged(self: Any, share: Share) -> bool:
         """With synchronized statistics a padding row would reach every replica."""
-        return share.replicas > 1 and any(
-            layer.synchronized for layer in self._normalizations()
-        )
+        return share.replicas > 1 and self._synchronizes()
+
+    def _synchronizes(self: Any) -> bool:
+        return any(layer.synchronized for layer in self._normalizations())
+
+    def _regularizes_activity(self: Any) -> bool:
+        layers = self._flatten_layers(include_self=False)
+        return any(layer.activity_regularizer is not None for layer in layers)
 
     def _dropped_rows(self: Any) -> int:
         return int(self._logs.count("dropped").numpy())
@@ -363,6 +368,7 @@ class Steps:
                 "would begin an epoch with rows of the one before. Use `.take(n)` on "
                 "the data set instead."
             )
+        distribute.check_batch_size(batch_size, self.distribute_strategy)
         self._set_class_weight(class_weight)
         self._note_one_weight(kwargs.get("sample_weight"))
         x = self._shared_data(x)
@@ -388,16 +394,27 @@ class Steps:
             **kwargs,
         )
 
-    def evaluate(self: Any, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(
+        self: Any,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Evaluates the student, as `keras.Model.evaluate`."""
+        distribute.check_batch_size(batch_size, self.distribute_strategy)
         return super().evaluate(  # type: ignore[misc]
-            self._shared_data(x), *args, **kwargs
+            self._shared_data(x), y, batch_size, *args, **kwargs
         )
 
-    def predict(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def predict(
+        self: Any, x: Any, batch_size: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Predicts with the student, as `keras.Model.predict`."""
+        distribute.check_batch_size(batch_size, self.distribute_strategy)
         return super().predict(  # type: ignore[misc]
-            self._shared_data(x), *args, **kwargs
+            self._shared_data(x), batch_size, *args, **kwargs
         )
 
     def _shared_data(self: Any, x: Any) -> Any:
@@ -518,6 +535,12 @@ class Steps:
             raise ValueError(
                 "`gradient_accumulation_steps` is not supported under a strategy. "
                 "Use a larger batch."
+            )
+        if several and self._regularizes_activity() and self._synchronizes():
+            raise ValueError(
+                "Activity regularizers do not go with BatchNormalization("
+                "synchronized=True) on replicas: Keras computes another value there "
+                "than on one device. Remove one of them."
             )
         if (
             several

@@ -63,7 +63,9 @@ def test_weight_of_a_link(value):
 
 def test_class_counts_that_differ():
     other = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5, name="hidden")])
-    with pytest.raises(ValueError, match="3 classes in the student and 5 in the teacher"):
+    with pytest.raises(
+        ValueError, match="3 classes in the student and 5 in the teacher"
+    ):
         kd.Distiller(tiny.mlp(), other)
     links = [kd.Link("hidden", "hidden", "mse", adapter="auto")]
     kd.Distiller(tiny.mlp(), other, soft_loss=None, links=links)
@@ -125,7 +127,9 @@ def test_layer_objects_of_another_model():
 
 def test_paths_in_an_ensemble():
     link = kd.Link("hidden", "hidden", "mse")
-    with pytest.raises(ValueError, match="a path begins with the teacher's index, 0 to 1"):
+    with pytest.raises(
+        ValueError, match="a path begins with the teacher's index, 0 to 1"
+    ):
         tiny.distiller(known=[tiny.mlp(), tiny.mlp()], links=[link])
 
 
@@ -167,7 +171,9 @@ def test_two_links_of_one_name():
 def test_arguments_without_effect():
     link = kd.Link("hidden", "hidden", "mse", adapter="auto")
     for name, value in (("temperature", 2.0), ("beta", 0.5)):
-        with pytest.raises(ValueError, match=f"`{name}` has no effect with `soft_loss=N"):
+        with pytest.raises(
+            ValueError, match=f"`{name}` has no effect with `soft_loss=N"
+        ):
             tiny.distiller(soft_loss=None, links=[link], **{name: value})
     with pytest.raises(ValueError, match="`output_weights` has no effect"):
         tiny.distiller(soft_loss=None, links=[link], output_weights=[1.0])
@@ -199,7 +205,9 @@ def test_losses_with_several_temperatures_and_arithmetic_ensembles():
 def test_output_weights():
     with pytest.raises(ValueError, match=r"one weight per output \['logits'\]"):
         tiny.distiller(output_weights=[1.0, 2.0])
-    with pytest.raises(ValueError, match=r"names \['x'\]; the outputs are \['logits'\]"):
+    with pytest.raises(
+        ValueError, match=r"names \['x'\]; the outputs are \['logits'\]"
+    ):
         tiny.distiller(output_weights={"x": 1.0})
     with pytest.raises(ValueError, match="must be finite and at least 0"):
         tiny.distiller(output_weights=[-1.0])
@@ -283,7 +291,9 @@ def test_data_whose_structure_does_not_fit():
     with pytest.raises(ValueError, match=r"no input \['small'\]. Inputs: \['large'\]"):
         tiny.history(distiller, {"large": x}, y)
     distiller = tiny.compiled(tiny.distiller())
-    with pytest.raises(ValueError, match=r"no outputs named \['a'\]. Outputs: \['logits"):
+    with pytest.raises(
+        ValueError, match=r"no outputs named \['a'\]. Outputs: \['logits"
+    ):
         tiny.history(distiller, x, {"a": y})
     with pytest.raises(ValueError, match=r"outputs \['logits'\].*hold 2 arrays"):
         tiny.history(distiller, x, (y, y))
@@ -292,7 +302,9 @@ def test_data_whose_structure_does_not_fit():
 def test_sample_weights_that_do_not_fit():
     x, y = tiny.data(8)
     distiller = tiny.compiled(tiny.distiller())
-    with pytest.raises(ValueError, match=r"`sample_weight` of shape \(8, 5\) does not fit"):
+    with pytest.raises(
+        ValueError, match=r"`sample_weight` of shape \(8, 5\) does not fit"
+    ):
         tiny.history(distiller, x, y, sample_weight=np.ones((8, 5), "float32"))
 
 
@@ -330,7 +342,9 @@ def test_lower_precision_for_subclassed_teachers():
 
     model = Own()
     model(np.zeros((1, 6), "float32"))
-    with pytest.raises(ValueError, match="`dtype` needs a functional.*'own' is a subcl"):
+    with pytest.raises(
+        ValueError, match="`dtype` needs a functional.*'own' is a subcl"
+    ):
         kd.teachers.Model(model, dtype="bfloat16")
 
 

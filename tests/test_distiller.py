@@ -81,7 +81,14 @@ def test_the_logs_are_these_and_no_others():
     link = kd.Link("hidden", "hidden", "mse", adapter="auto")
     distiller = tiny.compiled(tiny.distiller(links=[link]), metrics=["accuracy"])
     logs = tiny.history(distiller, x, y, validation_data=(x, y))
-    training = {"loss", "hard_loss", "soft_loss", "hidden_loss", "agreement", "accuracy"}
+    training = {
+        "loss",
+        "hard_loss",
+        "soft_loss",
+        "hidden_loss",
+        "agreement",
+        "accuracy",
+    }
     assert set(logs) == training | {"val_loss", "val_hard_loss", "val_accuracy"}
     student, teacher = distiller.student(x), distiller.teacher.model(x)
     assert 0 <= logs["agreement"][0] <= 1
@@ -311,7 +318,9 @@ def test_live_numbers_are_variables_behind_properties():
     assert len(weights) == 2
     assert weights["hard"] is distiller.alpha
     assert repr(weights) == "TermWeights({'hard': 1.5, 'soft': 1.5})"
-    with pytest.raises(KeyError, match=r"There is no term 'x'. Terms: \['hard', 'soft'\]"):
+    with pytest.raises(
+        KeyError, match=r"There is no term 'x'. Terms: \['hard', 'soft'\]"
+    ):
         weights["x"] = 1.0
     with pytest.raises(TypeError, match="Set its weight to 0"):
         del weights["hard"]
@@ -423,7 +432,9 @@ def test_skip_nonfinite_leaves_everything_as_it_was(optimizer):
     student = with_statistics()
     link = kd.Link("norm", "hidden", "mse", adapter=keras.layers.Dense(12))
     distiller = tiny.distiller(student, links=[link])
-    tiny.compiled(distiller, optimizer=made(), skip_nonfinite=True, metrics=["accuracy"])
+    tiny.compiled(
+        distiller, optimizer=made(), skip_nonfinite=True, metrics=["accuracy"]
+    )
     good = tiny.data(8)
     tiny.history(distiller, *good)
     weights = tiny.values(distiller.trainable_variables)

@@ -122,8 +122,9 @@ def test_declared_logits_are_not_looked_at():
 
 
 def test_regression_of_logits_needs_logits():
-    with pytest.warns(UserWarning, match="probabilities"), pytest.raises(
-        ValueError, match="LogitMSE needs real logits"
+    with (
+        pytest.warns(UserWarning, match="probabilities"),
+        pytest.raises(ValueError, match="LogitMSE needs real logits"),
     ):
         tiny.distiller(known=with_head("bare"), soft_loss=kd.losses.LogitMSE())
     tiny.distiller(known=with_head("dense"), soft_loss=kd.losses.LogitMSE())

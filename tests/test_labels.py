@@ -211,9 +211,7 @@ def test_class_weights_weigh_hard_soft_and_links(labels, run_eagerly):
     )(x)
     weight = np.array([0.0, 1.0, 5.0])[y]
     truth = y if labels == "sparse" else np.eye(3, dtype="float32")[y]
-    logs = only(
-        tiny.history(distiller, x, truth, class_weight=table, batch_size=16)
-    )
+    logs = only(tiny.history(distiller, x, truth, class_weight=table, batch_size=16))
     assert logs["hard_loss"] == pytest.approx(np.mean(weight * hard), rel=1e-5)
     assert logs["soft_loss"] == pytest.approx(np.mean(weight * soft), rel=1e-5)
     squares = np.mean(np.asarray(gap) ** 2, -1)
@@ -272,7 +270,9 @@ def test_sample_weights_weigh_every_term(shape):
     distiller = frozen(known=tiny.teacher(8), links=[link])
     hard, soft = per_row(distiller, x, y)
     logs = only(
-        tiny.history(distiller, x, y, sample_weight=weight.reshape(shape), batch_size=16)
+        tiny.history(
+            distiller, x, y, sample_weight=weight.reshape(shape), batch_size=16
+        )
     )
     assert logs["hard_loss"] == pytest.approx(np.mean(weight * hard), rel=1e-5)
     assert logs["soft_loss"] == pytest.approx(np.mean(weight * soft), rel=1e-5)
@@ -305,9 +305,7 @@ def tokens(rows=TOKENS):
 def per_token(distiller, x, y):
     z, known = distiller.student(x), distiller.teacher.model(x)
     hard = keras.losses.sparse_categorical_crossentropy(y, z, from_logits=True)
-    soft = kd.losses.SoftTarget(4.0).call(
-        keras.ops.copy(known), keras.ops.copy(z)
-    )
+    soft = kd.losses.SoftTarget(4.0).call(keras.ops.copy(known), keras.ops.copy(z))
     return np.asarray(hard), np.asarray(soft), np.asarray(z), np.asarray(known)
 
 

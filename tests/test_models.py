@@ -185,9 +185,7 @@ def test_a_function_of_the_inputs():
     x, y = tiny.data(8)
     teacher = kd.teachers.Model(tiny.teacher(), inputs=lambda x: x * 2)
     distiller = tiny.distiller(known=teacher, student_inputs=lambda x: x + 1)
-    expected = kd.losses.SoftTarget()(
-        teacher.model(x * 2), distiller.student(x + 1)
-    )
+    expected = kd.losses.SoftTarget()(teacher.model(x * 2), distiller.student(x + 1))
     logs = tiny.history(tiny.compiled(distiller), x, y)
     assert logs["soft_loss"][0] == pytest.approx(float(expected), rel=1e-5)
 

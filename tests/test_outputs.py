@@ -131,9 +131,7 @@ def test_loss_weights_and_losses_for_some_outputs():
     x, y = data()
     weights = {"shape": 2.0, "color": 0.5}
     loss = dict.fromkeys(SIZES, tiny.SPARSE)
-    distiller = frozen(
-        heads(), heads(), loss, compile_args={"loss_weights": weights}
-    )
+    distiller = frozen(heads(), heads(), loss, compile_args={"loss_weights": weights})
     expected = sum(weights[n] * hard(distiller, x, y, n) for n in SIZES)
     logs = tiny.history(distiller, x, y)
     assert logs["hard_loss"][0] == pytest.approx(expected, rel=1e-5)

@@ -72,7 +72,9 @@ def test_a_loaded_distiller_asks_for_its_teacher(tmp_path):
     assert repr(loaded.teacher) == "teachers.Absent()"
     with pytest.raises(ValueError, match="distiller.teacher = model"):
         tiny.history(loaded, x, y)
-    with pytest.raises(ValueError, match="not the teacher that the distiller was saved"):
+    with pytest.raises(
+        ValueError, match="not the teacher that the distiller was saved"
+    ):
         loaded.teacher = tiny.mlp(12)
     with pytest.raises(ValueError, match="outputs have shapes"):
         loaded.teacher = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
@@ -161,7 +163,10 @@ def test_model_checkpoint(tmp_path, weights_only):
     suffix = "weights.h5" if weights_only else "keras"
     path = tmp_path / f"best.{suffix}"
     checkpoint = keras.callbacks.ModelCheckpoint(
-        path, monitor="val_hard_loss", mode="min", save_best_only=True,
+        path,
+        monitor="val_hard_loss",
+        mode="min",
+        save_best_only=True,
         save_weights_only=weights_only,
     )
     distiller = made()
@@ -229,8 +234,13 @@ def test_export_is_the_student(tmp_path):
 def test_the_config_holds_every_argument():
     links = [kd.Link("hidden", "hidden", "mse", weight=2.0, adapter="auto", name="n")]
     distiller = tiny.distiller(
-        temperature=2.0, alpha=0.5, beta=0.25, links=links, output_weights=[3.0],
-        unlabelled=7, name="named",
+        temperature=2.0,
+        alpha=0.5,
+        beta=0.25,
+        links=links,
+        output_weights=[3.0],
+        unlabelled=7,
+        name="named",
     )
     again = kd.Distiller.from_config(distiller.get_config())
     assert again.get_config() == distiller.get_config()
@@ -259,7 +269,9 @@ def test_the_compile_config_keeps_auto_and_our_options(tmp_path):
     config = distiller.get_compile_config()
     assert config["jit_compile"] == "auto"
     for option, value in (
-        ("skip_nonfinite", True), ("check_finite", True), ("log_gradient_share", 3),
+        ("skip_nonfinite", True),
+        ("check_finite", True),
+        ("log_gradient_share", 3),
     ):
         assert config[option] == value
     distiller.save(tmp_path / "d.keras")
@@ -271,7 +283,10 @@ def test_the_compile_config_keeps_auto_and_our_options(tmp_path):
 def test_lambdas_are_refused_when_saving(tmp_path):
     x, y = tiny.data()
     link = kd.Link(
-        "hidden", "hidden", lambda t, s: keras.ops.mean((t - s) ** 2, -1), adapter="auto"
+        "hidden",
+        "hidden",
+        lambda t, s: keras.ops.mean((t - s) ** 2, -1),
+        adapter="auto",
     )
     distiller = tiny.compiled(tiny.distiller(links=[link]))
     tiny.history(distiller, x, y)
@@ -306,10 +321,17 @@ def test_the_summary_ends_with_the_terms():
     made(temperature=2.0).summary(print_fn=lines.append)
     table = lines[-1].splitlines()
     assert [line.split()[0] for line in table] == [
-        "term", "------", *("hard", "soft", "hidden", "small"),
+        "term",
+        "------",
+        *("hard", "soft", "hidden", "small"),
     ]
     hidden = table[4]
-    for part in ("0.5", "mean_squared_error", "hidden → hidden", "(None, 8) → (None, 12)"):
+    for part in (
+        "0.5",
+        "mean_squared_error",
+        "hidden → hidden",
+        "(None, 8) → (None, 12)",
+    ):
         assert part in hidden
     assert hidden.split()[-1] == str(8 * 12)
     assert table[5].split()[-1] == str(8 * 5 + 5 + 12 * 5 + 5)
@@ -334,7 +356,14 @@ def test_explain_shows_every_term_and_changes_nothing(capsys):
     assert all(row.value > 0 for row in rows)
     assert [row.weight for row in rows] == pytest.approx([0.1, 0.9, 0.5, 1.0])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["term", "value", "weight", "gradient", "norm", "share"]
+    assert printed[0].split() == [
+        "term",
+        "value",
+        "weight",
+        "gradient",
+        "norm",
+        "share",
+    ]
     assert [line.split()[0] for line in printed[2:]] == [row.term for row in rows]
 
 

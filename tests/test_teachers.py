@@ -77,7 +77,9 @@ def test_an_ensemble_of_teachers_of_every_kind():
     assert outer.resolve(taps) == taps
     logits, features = outer(x, taps, 1.0)
     assert logits.shape == (8, 3)
-    assert {name: f.shape for name, f in features.items()} == dict.fromkeys(taps, (8, 8))
+    assert {name: f.shape for name, f in features.items()} == dict.fromkeys(
+        taps, (8, 8)
+    )
     assert set(outer.tap_specs(taps)) == set(taps)
     assert len(outer.variables) == 16
 

@@ -240,7 +240,8 @@ class Cache(Teacher):
         """
         check_dataset(dataset)
         check_rows(dataset, self._manifest["inputs"])
-        if self._manifest["arguments"]["augmented"]:
+        self._check_augment()
+        if self._augment is not None:
             self._check_replay(dataset)
         size = dataset.cardinality()
         chunk = chunk_of(dataset)
@@ -279,6 +280,7 @@ class Cache(Teacher):
         teacher = as_teacher(teacher)
         check_fingerprint(self._manifest["fingerprint"], teacher, self.path)
         check_dataset(dataset)
+        self._check_augment()
         if rows < 1:
             raise ValueError(f"`rows` must be at least 1. Received: {rows}")
         every = max(len(self._shards) // rows, 1)
@@ -467,13 +469,16 @@ class Cache(Teacher):
             zero = np.zeros(1, "int64")
             self._read(key.numpy()[None], zero, zero)
 
-    def _check_replay(self, dataset: tf.data.Dataset) -> None:
-        """Replays one stored view, and compares its hash."""
-        if self._augment is None:
+    def _check_augment(self) -> None:
+        """Raises ValueError for views that were joined, and not opened."""
+        if self._manifest["arguments"]["augmented"] and self._augment is None:
             raise ValueError(
                 "This cache holds augmented views. Open it with "
                 "Cache.open(path, augment=...)."
             )
+
+    def _check_replay(self, dataset: tf.data.Dataset) -> None:
+        """Replays one stored view, and compares its hash."""
 
         def first(position: Any, element: Any) -> Any:
             x = inputs_of(*as_tuple(element))

@@ -136,10 +136,7 @@ def test_one_copied_branch_trains_exactly_as_the_original():
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
     np.testing.assert_allclose(found["branch_0_loss"], expected["loss"], rtol=1e-6)
     np.testing.assert_allclose(
-        ensemble.deploy(0).predict(x, verbose=0),
-        model.predict(x, verbose=0),
-        1e-5,
-        1e-6,
+        np.asarray(ensemble.deploy(0)(x)), np.asarray(model(x)), rtol=1e-5, atol=1e-6
     )
 
 

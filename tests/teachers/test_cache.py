@@ -389,6 +389,13 @@ def test_fit_shows_other_views_in_each_epoch(views, teacher):
     assert logs["soft_loss"][0] != logs["soft_loss"][1]
 
 
+def test_steps_per_epoch_would_mix_the_epochs(views):
+    distiller = tiny.compiled(tiny.distiller(known=views))
+    attached = views.attach(data()).repeat().batch(8).prefetch(1)
+    with pytest.raises(ValueError, match="steps_per_epoch"):
+        distiller.fit(attached, steps_per_epoch=2, verbose=0)
+
+
 def test_another_augmentation_is_refused(views):
     path = views.path
     with pytest.raises(ValueError, match="`augment` must be the function"):
@@ -601,6 +608,19 @@ def test_parts_are_joined(teacher, tmp_path, key):
     assert len(Cache.open(whole.path)) == ROWS - 1
 
 
+def test_parts_with_views(teacher, tmp_path):
+    paths = [tmp_path / "0", tmp_path / "1"]
+    for i, path in enumerate(paths):
+        options = {"views": 2, "augment": augment, "shard": (i, 2)}
+        Cache.build(teacher, data(), path, **options)
+    whole = Cache.join(paths, tmp_path / "whole")
+    for use in (whole.attach, lambda rows: whole.verify(teacher, rows)):
+        with pytest.raises(ValueError, match=r"Cache.open\(path, augment=...\)"):
+            use(data())
+    opened = Cache.open(whole.path, augment=augment)
+    assert opened.verify(teacher, data())["rows"] == ROWS
+
+
 def test_parts_that_do_not_fit(cache, teacher, tmp_path):
     paths = [tmp_path / f"part{i}" for i in range(2)]
     for i, path in enumerate(paths):
@@ -692,6 +712,24 @@ def test_other_data_do_not_go_on_with_it(teacher, tmp_path):
     cache = Cache.build(teacher, data(), tmp_path, batch_size=2)
     assert shard.read_bytes() == content
     np.testing.assert_allclose(told(cache)[0], teacher(X), atol=2e-3)
+
+
+@pytest.mark.usefixtures("small")
+def test_views_go_on_with_the_same_augmentation(views, teacher, tmp_path):
+    options = {"views": VIEWS, "batch_size": 6, "dtype": "float32"}
+    with pytest.raises(tf.errors.OpError, match="stopped"):
+        Cache.build(teacher, stopping(13), tmp_path, augment=augment, **options)
+
+    def other(x, seed):
+        return augment(x, seed) + 1
+
+    with pytest.raises(ValueError, match="does not replay"):
+        Cache.build(teacher, data(), tmp_path, augment=other, **options)
+    cache = Cache.build(teacher, data(), tmp_path, augment=augment, **options)
+    first, second = (shown(known, 2) for known in (cache, views))
+    assert np.array_equal(first["inputs"], second["inputs"])
+    outputs, expected = cache(first, [], 4.0)[0], views(second, [], 4.0)[0]
+    np.testing.assert_allclose(outputs, expected, atol=1e-6)
 
 
 @pytest.mark.usefixtures("small")

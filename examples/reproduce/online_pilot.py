@@ -1,0 +1,317 @@
+"""Learning without a teacher model, in a regime where a network over-fits.
+
+CIFAR-10, averaged to 16 x 16, 500 images of each class, no crops: ResNet-14 (16 wide)
+learns these by heart, so that there is something to gain. Each seed trains, from the
+same initial weights and with the same batches:
+
+* the plain network, and born-again generations after it (BAN, 3 in all);
+* an on-the-fly native ensemble of 3 branches that part before the last stage (ONE);
+* two networks that teach each other (DML), updated together;
+* the network with two exits that it teaches itself (BYOT).
+
+SGD with Nesterov momentum 0.9, rate 0.1 falling to 0 as a cosine, L2 of 5e-4 / 2 on all
+kernels, batches of 128, 100 epochs, mirrored images; accuracy is that of the last epoch
+on the 10,000 test images. Every method's result is written as soon as it is there, to
+docs/results/online_pilot.json: the same command goes on where a run was interrupted.
+
+    TFDS_DATA_DIR=... python examples/reproduce/online_pilot.py [--seeds 3] [--smoke]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, os.fspath(Path(__file__).parents[1] / "benchmarks"))
+
+import keras
+import numpy as np
+import tensorflow as tf
+from measure import RESULTS, write
+from models import resnet
+
+import keras_distill as kd
+
+BATCH = 128
+METHODS = ("BAN", "ONE", "DML", "BYOT")  # BAN's first generation is the plain net
+PLAIN = "plain"
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+def images(cache: Path) -> tuple[Arrays, Arrays]:
+    """Training and test images of 16 x 16 as bytes, with labels.
+
+    They are kept in a file of 10 MB, which also serves a machine without CIFAR-10.
+    """
+    if not cache.exists():
+        data = kd.datasets.load("cifar10")
+        labels = data.train[1]
+        rows = [np.flatnonzero(labels == c)[:500] for c in range(data.num_classes)]
+        few = np.sort(np.concatenate(rows))
+        arrays = {}
+        for name, (x, y) in {
+            "train": (data.train[0][few], labels[few]),
+            "test": data.test,
+        }.items():
+            pooled = x.reshape(len(x), 16, 2, 16, 2, 3).mean((2, 4))
+            arrays[f"{name}_x"] = np.round(255 * pooled).astype("uint8")
+            arrays[f"{name}_y"] = y
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(cache, **arrays)
+    with np.load(cache) as file:
+        train, test = (
+            (file[f"{name}_x"].astype("float32") / 127.5 - 1, file[f"{name}_y"])
+            for name in ("train", "test")
+        )
+    return train, test
+
+
+def batches(train: Arrays, seed: int) -> tf.data.Dataset:
+    """Mirrored images in an order that depends on seed and epoch alone."""
+    x, y = (tf.constant(part) for part in train)
+
+    def make(key: tf.Tensor) -> tf.data.Dataset:
+        def row(i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            j = tf.random.experimental.index_shuffle(i, key, len(train[1]) - 1)
+            flip = tf.random.stateless_uniform((), key + [0, i]) < 0.5
+            return tf.where(flip, tf.reverse(x[j], [1]), x[j]), y[j]
+
+        return tf.data.Dataset.range(len(train[1])).map(row).batch(BATCH)
+
+    return kd.data.per_epoch(make, seed=seed).prefetch(2)
+
+
+class Pilot:
+    """Trains one method after the other, for one seed.
+
+    Attributes:
+        accuracies: Per method what `run` returns: named test accuracies.
+    """
+
+    def __init__(
+        self, train: Arrays, test: Arrays, seed: int, epochs: int, folder: Path
+    ) -> None:
+        self._seed, self._epochs = seed, epochs
+        self._train, self._test, self._size = batches(train, seed), test, len(train[1])
+        self._folder = folder / f"seed_{seed}"
+        self._run: dict[str, Callable[[], dict[str, float]]] = {
+            "BAN": self._born_again,
+            "ONE": self._one,
+            "DML": self._mutual,
+            "BYOT": self._exits,
+        }
+
+    def run(self, method: str) -> dict[str, float]:
+        """Test accuracies by name."""
+        keras.utils.set_random_seed(self._seed)
+        return self._run[method]()
+
+    def _network(self, number: int = 0) -> keras.Model:
+        """ResNet-14 with L2 on its kernels; number 0 is the plain network's start."""
+        model = resnet(14, 16, input_shape=(16, 16, 3), seed=100 * number + self._seed)
+
+        def regularized(layer: keras.Layer) -> keras.Layer:
+            config = layer.get_config()
+            if "kernel_regularizer" in config:
+                config["kernel_regularizer"] = keras.regularizers.L2(5e-4 / 2)
+            return type(layer).from_config(config)
+
+        return keras.models.clone_model(model, clone_function=regularized)
+
+    def _options(self) -> dict[str, Any]:
+        steps = self._epochs * -(-self._size // BATCH)
+        rate = keras.optimizers.schedules.CosineDecay(0.1, steps)
+        return {
+            "optimizer": keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
+            "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        }
+
+    def _trained(self, distiller: kd.BaseDistiller, method: str) -> dict[str, float]:
+        """Trains a distiller; returns its own accuracies on the test images."""
+        distiller.compile(**self._options(), metrics=["accuracy"])
+        backup = kd.callbacks.Backup(self._folder / f"{method}.backup")
+        distiller.fit(self._train, epochs=self._epochs, callbacks=[backup], verbose=0)
+        x, y = self._test
+        logs = distiller.evaluate(x, y, batch_size=500, verbose=0, return_dict=True)
+        return {k: float(v) for k, v in logs.items() if k.endswith("accuracy")}
+
+    def _born_again(self) -> dict[str, float]:
+        numbers = iter(range(3))
+        done = len(list((self._folder / "BAN").glob("generation_?.keras")))
+        for _ in range(done):  # every generation its own start, also when it goes on
+            next(numbers)
+        result = kd.generations.born_again(
+            lambda: self._network(next(numbers)),
+            self._options,
+            self._train,
+            generations=3,
+            epochs=self._epochs,
+            directory=self._folder / "BAN",
+            verbose=0,
+        )
+        x, y = self._test
+        logits = [m.predict(x, batch_size=500, verbose=0) for m in result.models]
+        log_p = [keras.ops.convert_to_numpy(keras.ops.log_softmax(z)) for z in logits]
+        found = {PLAIN: logits[0], "generation 1": logits[1], "generation 2": logits[2]}
+        found["ensemble of 2"] = np.logaddexp(*log_p[:2])
+        found["ensemble of 3"] = np.logaddexp.reduce(log_p)
+        return {k: float(np.mean(z.argmax(-1) == y)) for k, z in found.items()}
+
+    def _one(self) -> dict[str, float]:
+        ensemble = kd.OneEnsemble.from_model(
+            self._network(),
+            split_at="stage2",
+            num_branches=3,
+            ramp_up=round(0.27 * self._epochs),
+        )
+        logs = self._trained(ensemble, "ONE")
+        branches = [logs[f"branch_{i}_accuracy"] for i in range(3)]
+        return {
+            "mean branch": statistics.mean(branches),
+            **{f"branch {i}": value for i, value in enumerate(branches)},
+            "ensemble": logs["ensemble_accuracy"],
+        }
+
+    def _mutual(self) -> dict[str, float]:
+        mutual = kd.MutualLearning(
+            [self._network(0), self._network(1)], updates="together"
+        )
+        logs = self._trained(mutual, "DML")
+        nets = [logs["net_0_accuracy"], logs["net_1_accuracy"]]
+        return {
+            "mean network": statistics.mean(nets),
+            "network 0": nets[0],
+            "network 1": nets[1],
+            "mean of both": logs["accuracy"],
+        }
+
+    def _exits(self) -> dict[str, float]:
+        exits = kd.BeYourOwnTeacher.from_model(
+            self._network(), exits=["stage1", "stage2"], alpha=0.3
+        )
+        logs = self._trained(exits, "BYOT")
+        return {f"exit {i}": logs[f"exit_{i}_accuracy"] for i in range(3)}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Means over the seeds, and the gain over the same seed's plain network."""
+    plain = {r["seed"]: r["accuracy"] for r in rows if r["model"] == PLAIN}
+    table = {}
+    for name in dict.fromkeys((r["method"], r["model"]) for r in rows):
+        own = [r for r in rows if (r["method"], r["model"]) == name]
+        gains = [
+            100 * (r["accuracy"] - plain[r["seed"]]) for r in own if r["seed"] in plain
+        ]
+        several = len(gains) > 1
+        spread = statistics.stdev(gains) / len(gains) ** 0.5 if several else None
+        table[" ".join(dict.fromkeys(name))] = {
+            "seeds": len(own),
+            "accuracy %": 100 * statistics.mean(r["accuracy"] for r in own),
+            "gain": statistics.mean(gains) if gains else None,
+            "standard error": spread,
+        }
+    return table
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Every model's gain over the plain network of its seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plain = {r["seed"]: r["accuracy"] for r in rows if r["model"] == PLAIN}
+    names = list(dict.fromkeys(f"{r['method']}: {r['model']}" for r in rows))
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(names) + 1), layout="tight")
+    for row in rows:
+        if row["seed"] in plain and row["model"] != PLAIN:
+            gain = 100 * (row["accuracy"] - plain[row["seed"]])
+            height = names.index(f"{row['method']}: {row['model']}")
+            axes.plot(gain, height, "o", color=f"C{row['seed'] % 10}", alpha=0.7)
+    axes.axvline(0, color="gray", lw=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy, points above the plain network of the same seed")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Runs what is missing in the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--smoke", action="store_true", help="a trial on noise")
+    parser.add_argument("--out", type=Path, help="the JSON file")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/online_pilot"),
+        help="folder for images and for what goes on after an interruption",
+    )
+    options = parser.parse_args()
+    out, folder = options.out or RESULTS / "online_pilot.json", options.runs
+    epochs, seeds = options.epochs, options.seeds
+    if options.smoke:
+        epochs, seeds, folder = 1, 1, folder / f"smoke_{os.getpid()}"
+        out = options.out or folder / "online_pilot.json"
+        random = np.random.default_rng(0)
+        train, test = (
+            (random.random((n, 16, 16, 3), "float32"), random.integers(0, 10, n))
+            for n in (64, 500)
+        )
+    else:
+        train, test = images(folder / "images.npz")
+    setting = {
+        "network": "ResNet-14, 16 wide",
+        "images": f"{len(train[1])} of 16 x 16 x 3",
+        "epochs": epochs,
+        "command": "python examples/reproduce/online_pilot.py "
+        f"--seeds {seeds} --epochs {epochs}",
+    }
+    rows: list[dict[str, Any]] = []
+    if out.exists():
+        stored = json.loads(out.read_text())
+        if stored["setting"]["epochs"] != epochs:
+            parser.error(f"{out} is of another run: {stored['setting']}")
+        rows = stored["runs"]
+    for seed in range(seeds):
+        pilot = Pilot(train, test, seed, epochs, folder)
+        for method in options.methods:
+            if any((r["seed"], r["method"]) == (seed, method) for r in rows):
+                continue
+            start = time.perf_counter()
+            found = pilot.run(method)
+            seconds = time.perf_counter() - start
+            rows += [
+                {
+                    "seed": seed,
+                    "method": method,
+                    "model": model,
+                    "accuracy": accuracy,
+                    "seconds": round(seconds),
+                }
+                for model, accuracy in found.items()
+            ]
+            figures = ", ".join(f"{k} {100 * v:.2f} %" for k, v in found.items())
+            print(f"seed {seed}, {method} ({seconds:.0f} s): {figures}", flush=True)
+            temporary = out.with_name(f"{out.name}.tmp")
+            title = "Learning without a teacher model, where a network over-fits"
+            result = {"setting": setting, "summary": summary(rows), "runs": rows}
+            write(temporary, title, result)
+            os.replace(temporary, out)
+    plot(rows, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What a search may choose from: a range, a choice, or one fixed value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+class Choice:
+    """One of several values.
+
+    Args:
+        values: At least one number, or at least one string or loss.
+
+    Raises:
+        ValueError: If there are no values, or two that look the same.
+
+    Example:
+
+    >>> from keras_distill.tuning import Choice
+    >>> Choice([1, 4, 16])
+    Choice([1, 4, 16])
+    """
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = list(values)
+        if not self.values:
+            raise ValueError("A Choice needs at least one value. Received: []")
+        self.labels = [_label(value) for value in self.values]
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(
+                f"The values of a Choice must differ. Received: {self.labels}"
+            )
+
+    def __repr__(self) -> str:
+        return f"Choice({self.values!r})"
+
+
+class Numbers:
+    """The values that a search may give a number: a range, a Choice, or one.
+
+    Args:
+        name: The argument's name, also of the hyperparameter.
+        given: `(low, high)`, a `Choice` of numbers, or a number.
+        usual: The value without a search: the default is near it.
+        positive: Whether 0 is too small. The range is then searched on a log scale.
+
+    Raises:
+        TypeError: If it is none of those.
+        ValueError: If the range is empty, reversed or too low, or a value too low.
+    """
+
+    def __init__(self, name: str, given: Any, usual: float, positive: bool) -> None:
+        self.name = name
+        self.usual = usual
+        self.positive = positive
+        self.given = given
+        if isinstance(given, Choice):
+            self.values = [self._checked(value) for value in given.values]
+        elif isinstance(given, tuple):
+            if len(given) != 2:
+                raise ValueError(
+                    f"`{name}` must be a range (low, high), a Choice or a number. "
+                    f"Received: {given!r}"
+                )
+            self.values = [self._checked(value) for value in given]
+            if not self.values[0] < self.values[1]:
+                raise ValueError(
+                    f"`{name}` must be a range (low, high) with low < high; one number "
+                    f"is fixed. Received: {given!r}"
+                )
+        else:
+            self.values = [self._checked(given)]
+
+    def _checked(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(
+                f"`{self.name}` must be a range (low, high), a Choice of numbers or a "
+                f"number. Received: {self.given!r}"
+            )
+        lowest = "above 0" if self.positive else "at least 0"
+        if not math.isfinite(value) or value < 0 or (self.positive and value == 0):
+            raise ValueError(
+                f"`{self.name}` must be finite and {lowest}. Received: {self.given!r}"
+            )
+        return float(value)
+
+    @property
+    def always_zero(self) -> bool:
+        return not any(self.values)
+
+    def choose(self, hp: Any) -> float:
+        """The value of a trial."""
+        if isinstance(self.given, Choice):
+            # 0 last: the first model that keras-tuner builds has the default values.
+            near = min(self.values, key=lambda v: (v == 0, abs(v - self.usual)))
+            return hp.Choice(self.name, self.values, default=near)
+        if isinstance(self.given, tuple):
+            low, high = self.values
+            return hp.Float(
+                self.name,
+                low,
+                high,
+                sampling="log" if self.positive else "linear",
+                default=min(max(self.usual, low), high),
+            )
+        return self.values[0]
+
+
+def _label(value: Any) -> Any:
+    """How keras-tuner writes a value down."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "name", None) or getattr(value, "__name__", repr(value))
