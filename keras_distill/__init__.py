@@ -1,5 +1,8 @@
 """keras_distill: knowledge distillation for Keras."""
 
+import importlib
+from typing import Any
+
 import keras
 
 from keras_distill import losses
@@ -14,6 +17,7 @@ if keras.backend.backend() == "tensorflow":
         data,
         datasets,
         generations,
+        monitoring,
         report,
         schedules,
         teachers,
@@ -39,6 +43,11 @@ if keras.backend.backend() == "tensorflow":
     from keras_distill.selfdistill.teacher_free import TeacherFree
     from keras_distill.suggest import suggest_links
 
+    def __getattr__(name: str) -> Any:
+        if name == "tuning":  # it imports keras-tuner
+            return importlib.import_module("keras_distill.tuning")
+        raise AttributeError(f"module 'keras_distill' has no attribute {name!r}")
+
     __all__ += ["BaseDistiller", "Distiller", "Link", "explain"]
     __all__ += ["ClipToMain", "suggest_links"]
     __all__ += [
@@ -58,9 +67,11 @@ if keras.backend.backend() == "tensorflow":
         "data",
         "datasets",
         "generations",
+        "monitoring",
         "report",
         "schedules",
         "teachers",
+        "tuning",
     ]
 else:
 

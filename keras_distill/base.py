@@ -654,6 +654,11 @@ class BaseDistiller(Steps, keras.Model):
         logs = getattr(self, "_logs", None)
         return super().metrics + (logs.metrics if logs is not None else [])
 
+    @property
+    def log_names(self) -> list[str]:
+        """What training may log, beside `loss` and the compiled metrics."""
+        return self._logs.names
+
     def get_metrics_result(self) -> dict[str, Any]:
         """The logs of what ran since the last reset; the rest is left out."""
         results = {}

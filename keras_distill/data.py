@@ -110,6 +110,9 @@ def per_epoch(
         )
 
     def epoch(_: Any) -> tf.data.Dataset:
+        # Of this function's graph alone: the process's own seed must not matter, and
+        # with 0 for that one `Dataset.shuffle` takes no tensor.
+        tf.random.set_seed(1)
         return make_dataset(tf.stack([tf.constant(seed, tf.int64), current_epoch()]))
 
     dataset = tf.data.Dataset.range(1).flat_map(epoch)

@@ -235,13 +235,13 @@ class Distiller(BaseDistiller):
                 f"and {teacher.shape} in the teacher."
             )
         loss = self._soft_loss
-        if logits and not loss.shift_invariant:
-            if not (student.exact and teacher.exact):
-                raise ValueError(
-                    f"{type(loss).__name__} needs real logits; the logarithm of "
-                    "probabilities is shifted by an unknown constant in every row. "
-                    "Use SoftTarget, or models that return logits."
-                )
+        exact = student.exact and teacher.exact
+        if logits and not loss.shift_invariant and not exact:
+            raise ValueError(
+                f"{type(loss).__name__} needs real logits; the logarithm of "
+                "probabilities is shifted by an unknown constant in every row. "
+                "Use SoftTarget, or models that return logits."
+            )
 
     def _agreement_log(self, match: Match) -> str:
         return "agreement" if len(self._names) == 1 else f"{match.name}_agreement"
@@ -527,11 +527,12 @@ class Distiller(BaseDistiller):
             if link.name == name:
                 adapters = [a for a in (link.adapter, link.teacher_adapter) if a]
                 count = sum(adapter.count_params() for adapter in adapters)
+                student, teacher = link.shapes or ("", "")
                 return {
                     "loss": link.loss.name,
                     "student → teacher": f"{show_layers(link.student_layer)} → "
                     f"{show_layers(link.teacher_layer)}",
-                    "shapes": "{} → {}".format(*link.shapes),
+                    "shapes": f"{student} → {teacher}",
                     "adapter parameters": f"{count:,}",
                 }
         return super().describe_term(name)

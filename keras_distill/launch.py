@@ -111,10 +111,11 @@ _printing = threading.Lock()
 
 
 def _hand_on(source: IO[bytes], target: Any, name: str) -> None:
-    for line in source:
-        text = line.decode(errors="replace").rstrip("\r\n")
-        with _printing:
-            print(f"[{name}] {text}", file=target, flush=True)
+    with source:
+        for line in source:
+            text = line.decode(errors="replace").rstrip("\r\n")
+            with _printing:
+                print(f"[{name}] {text}", file=target, flush=True)
 
 
 def _environment(index: int, ports: list[int]) -> dict[str, str]:

@@ -93,9 +93,9 @@ class Link:
         adapter = self.adapter
         if isinstance(adapter, keras.Layer):
             adapter = type(adapter).__name__
+        ends = f"{show_layers(self.student_layer)} → {show_layers(self.teacher_layer)}"
         return (
-            f"Link({show_layers(self.student_layer)} → {show_layers(self.teacher_layer)}, "
-            f"{_show_loss(self.loss)}, weight={number(self.weight):g}, "
+            f"Link({ends}, {_show_loss(self.loss)}, weight={number(self.weight):g}, "
             f"adapter={adapter!r}, name={self.name!r})"
         )
 
@@ -145,8 +145,8 @@ def serialize_function(argument: str, fn: Any) -> Any:
     """
     if getattr(fn, "__name__", "") == "<lambda>":
         raise ValueError(
-            f"`{argument}`: a lambda cannot be saved. Define a function and register it "
-            "with keras.saving.register_keras_serializable."
+            f"`{argument}`: a lambda cannot be saved. Define a function and register "
+            "it with keras.saving.register_keras_serializable."
         )
     return keras.saving.serialize_keras_object(fn)
 
@@ -324,8 +324,8 @@ def run_with_taps(
         calls = found[id(layer)]
         if len(calls) != 1:
             raise ValueError(
-                f"The layer {path!r} of {model.name!r} was called {len(calls)} times in "
-                "one forward pass; a tap needs a layer that is used exactly once."
+                f"The layer {path!r} of {model.name!r} was called {len(calls)} times "
+                "in one forward pass; a tap needs a layer that is used exactly once."
             )
         features[path] = calls[0]
     return outputs, features

@@ -24,14 +24,21 @@ class EpochCounter(keras.callbacks.Callback):
         set_epoch(epoch)
         self.model.epoch_began(epoch, self.params["epochs"])
 
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._warn()  # validation begins with new logs
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.model.epoch_ended(logs or {})
+        self._warn()
+
+    def _warn(self) -> None:
         rows = self.model._dropped_rows()
         if rows:
             warnings.warn(
-                f"{rows} rows of epoch {epoch} were dropped: their batch left a replica "
-                "without rows, which synchronized BatchNormalization cannot train on. "
-                "Choose a batch size whose last batch has a row for every replica.",
+                f"{rows} rows of epoch {int(self.model._epoch.numpy())} were dropped: "
+                "their batch left a replica without rows, which synchronized "
+                "BatchNormalization cannot train on. Choose a batch size whose last "
+                "batch has a row for every replica.",
                 stacklevel=2,
             )
 

@@ -165,7 +165,7 @@ def test_two_links_of_one_name():
         tiny.distiller(links=links)
 
 
-# -- arguments without effect ----------------------------------------------------------------
+# -- arguments without effect ----------------------------------------------------------
 
 
 def test_arguments_without_effect():
@@ -241,7 +241,7 @@ def test_ensembles(arguments, match):
         kd.teachers.Ensemble(**({"models": models} | arguments))
 
 
-# -- compile and fit ---------------------------------------------------------------------------
+# -- compile and fit -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

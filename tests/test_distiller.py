@@ -168,7 +168,7 @@ def test_predict_is_the_student():
     np.testing.assert_array_equal(distiller(x), distiller.student(x))
 
 
-# -- each network once ------------------------------------------------------------------
+# -- each network once -----------------------------------------------------------------
 
 
 def counting():
@@ -228,7 +228,7 @@ def test_statistics_move_once_per_step():
     np.testing.assert_allclose(norm.moving_mean.numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
-# -- regularisers -----------------------------------------------------------------------
+# -- regularisers ----------------------------------------------------------------------
 
 
 def test_regularisers_and_added_losses_of_the_student_count():
@@ -259,7 +259,7 @@ def test_regularisers_of_adapters_count():
     assert float(np.sum(adapter.kernel.numpy() ** 2)) < norm
 
 
-# -- live numbers -----------------------------------------------------------------------
+# -- live numbers ----------------------------------------------------------------------
 
 
 def test_temperature_and_weights_take_effect_without_retracing():
@@ -388,7 +388,7 @@ def test_any_loss_is_a_soft_loss(loss):
     assert ("agreement" in logs) == isinstance(loss, kd.losses.DistillationLoss)
 
 
-# -- options of compile -------------------------------------------------------------------
+# -- options of compile ----------------------------------------------------------------
 
 
 def poisoned(rows=24, row=17):
@@ -503,7 +503,10 @@ def main_only(main, transfer, variables, epoch):
     """A policy that drops what the links say."""
     assert len(main) == len(transfer) == len(variables)
     assert any(g is not None for g in transfer)
-    return [tf.zeros(v.shape) if g is None else g for g, v in zip(main, variables)]
+    return [
+        tf.zeros(v.shape) if g is None else g
+        for g, v in zip(main, variables, strict=True)
+    ]
 
 
 def test_a_gradient_policy_combines_main_and_transfer():
@@ -522,7 +525,7 @@ def test_a_gradient_policy_combines_main_and_transfer():
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-# -- numbers at the edge ------------------------------------------------------------------
+# -- numbers at the edge ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["huge", "identical", "one class", "one row"])
@@ -544,7 +547,7 @@ def test_extreme_but_legal_input_stays_finite(case):
     assert all(np.isfinite(v).all() for v in tiny.values(distiller.variables))
 
 
-# -- what it looks like --------------------------------------------------------------------
+# -- what it looks like ----------------------------------------------------------------
 
 
 def test_compile_returns_the_distiller():

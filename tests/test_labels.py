@@ -24,7 +24,7 @@ def only(logs):
     return {name: numbers[0] for name, numbers in logs.items()}
 
 
-# -- no labels at all --------------------------------------------------------------------
+# -- no labels at all ------------------------------------------------------------------
 
 
 def sets_without_labels(x):
@@ -71,11 +71,12 @@ def test_labelled_and_unlabelled_fits_in_any_order(run_eagerly):
     assert "hard_loss" in tiny.history(distiller, x, y)
 
 
-# -- some labels ----------------------------------------------------------------------------
+# -- some labels -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False])
-@pytest.mark.parametrize("shape", ["flat", "column"])
+@pytest.mark.parametrize(
+    ("shape", "run_eagerly"), [("flat", True), ("column", True), ("flat", False)]
+)
 def test_unlabelled_rows_leave_the_hard_mean_and_the_metrics(shape, run_eagerly):
     x, y = tiny.data(16)
     distiller = frozen(
@@ -182,7 +183,7 @@ def test_unlabelled_validation_rows_are_left_out():
         assert logs[name] == pytest.approx(alone[name], rel=1e-5)
 
 
-# -- class weights ----------------------------------------------------------------------
+# -- class weights ---------------------------------------------------------------------
 
 
 def per_row(distiller, x, y):
@@ -193,8 +194,9 @@ def per_row(distiller, x, y):
     return np.asarray(hard), np.asarray(soft)
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False])
-@pytest.mark.parametrize("labels", ["sparse", "one-hot"])
+@pytest.mark.parametrize(
+    ("labels", "run_eagerly"), [("sparse", True), ("one-hot", True), ("sparse", False)]
+)
 def test_class_weights_weigh_hard_soft_and_links(labels, run_eagerly):
     x, y = tiny.data(16)
     table = {0: 0.0, 2: 5.0}  # class 1 keeps 1
@@ -259,7 +261,7 @@ def test_validation_is_without_class_weights():
     assert logs["val_hard_loss"] == pytest.approx(plain["hard_loss"], rel=1e-5)
 
 
-# -- sample weights and masks --------------------------------------------------------------
+# -- sample weights and masks ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(16,), (16, 1)])

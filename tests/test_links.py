@@ -164,7 +164,7 @@ def test_interleaved_threads_read_their_own_features():
     assert "call" not in layer.__dict__
 
 
-# -- adapters -----------------------------------------------------------------------------
+# -- adapters --------------------------------------------------------------------------
 
 
 def test_adapters_are_the_distillers_and_not_the_students():
@@ -231,7 +231,7 @@ def test_an_adapter_with_match_is_told_both_shapes():
     assert distiller.links[0].adapter.units == 12
 
 
-# -- losses -------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------
 
 
 @keras.saving.register_keras_serializable(package="tests")

@@ -228,7 +228,7 @@ def test_export_is_the_student(tmp_path):
     np.testing.assert_allclose(loaded.serve(x), distiller.student(x), rtol=1e-5)
 
 
-# -- configs ------------------------------------------------------------------------------
+# -- configs ---------------------------------------------------------------------------
 
 
 def test_the_config_holds_every_argument():
@@ -313,7 +313,7 @@ def test_a_registered_function_of_the_inputs_is_saved(tmp_path):
     )
 
 
-# -- what is shown --------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------
 
 
 def test_the_summary_ends_with_the_terms():

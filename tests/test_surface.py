@@ -66,8 +66,8 @@ SIGNATURES = {
     "TeacherFree": "student, regularizer=None, *, alpha=0.9, beta=0.1",
     "generations.born_again": "build, compile_args, data, *, generations=3, epochs, "
     "validation_data=None, callbacks=(), directory=None, method='ban'",
-    "generations.label_refinery": "build, compile_args, data, *, generations=3, epochs, "
-    "validation_data=None, callbacks=(), directory=None",
+    "generations.label_refinery": "build, compile_args, data, *, generations=3, "
+    "epochs, validation_data=None, callbacks=(), directory=None",
     "generations.teacher_assistant": "build, compile_args, data, *, sizes, epochs, "
     "validation_data=None, callbacks=(), directory=None",
     "generations.noisy_student": "build, compile_args, data, *, unlabelled, "
@@ -134,10 +134,30 @@ METHODS = {
     "losses.DistillationLoss": ["needs_labels", "needs_teacher", "call"],
     "teachers.Teacher": ["resolve", "tap_specs", "heads", "fingerprint", "variables"],
 }
+# Results that users reach by an attribute, and do not name.
+REACHED_AS = {"generations.Table": "table", "generations.Generations": "models"}
 # Golden files that no formula over losses meets, and the test that meets them.
 MET_ELSEWHERE = {
+    "ban_cwtm": "test_generations.py",
+    "ban_dkpp": "test_generations.py",
+    "ban_kd": "test_generations.py",
+    "byot_paper": "selfdistill/test_exits.py",
+    "crd": "offline/test_contrastive.py",
+    "dml": "online/test_mutual.py",
     "kd_ensemble_arithmetic": "test_teachers.py",
     "kd_ensemble_geometric": "test_teachers.py",
+    "kdsvd_grad_clip": "test_policies.py",
+    "label_smoothing": "selfdistill/test_teacher_free.py",
+    "one": "online/test_one.py",
+    "one_rampup": "online/test_one.py",
+    "tfkd_reg": "selfdistill/test_teacher_free.py",
+}
+# Variants that also circulate, which we do not offer, and why.
+NOT_OFFERED = {
+    "byot": "a re-implementation by others; `byot_paper` is the paper's",
+    "byot_selfdistill_final": "norms over the whole batch, not rows: batch size counts",
+    "cc_repdistiller": "depends on the order of the rows in the batch",
+    "mlld_official": "needs two views of each row and thresholds of its own code",
 }
 
 
@@ -209,7 +229,7 @@ def public_names(module, prefix="") -> list[str]:
 @pytest.mark.parametrize("name", sorted({*public_names(kd), *SIGNATURES}))
 def test_every_public_name_is_used_by_a_test(name, sources):
     assert found(name).__doc__
-    last = name.split(".")[-1]
+    last = REACHED_AS.get(name, name.split(".")[-1])
     if last.startswith("__"):
         return
     assert any(re.search(rf"\b{last}\b", text) for text in sources.values()), name
@@ -241,6 +261,13 @@ def test_every_golden_file_is_met(method, sources):
         assert any(re.search(pattern, text) for text in sources.values()), method
     elif method in MET_ELSEWHERE:
         text = sources[MET_ELSEWHERE[method]]
-        assert method.rsplit("_", 1)[0] in text or method in text
+        # Some tests put the name together from its parts.
+        assert method in text or f"{method.rpartition('_')[0]}_{{" in text
     else:
-        pytest.fail(f"Nothing meets the golden file {method}.")
+        assert method in NOT_OFFERED, f"Nothing meets the golden file {method}."
+
+
+def test_the_tables_hold_no_golden_file_that_does_not_exist():
+    known = set(METHODS_OF_FILES)
+    assert {*MET_ELSEWHERE, *NOT_OFFERED} <= known
+    assert not set(golden.FORMULAS) & set(NOT_OFFERED)

@@ -142,7 +142,7 @@ def test_a_new_teacher_is_used_at_once():
     assert logs["soft_loss"][0] == pytest.approx(float(expected), rel=1e-5)
 
 
-# -- lower precision -----------------------------------------------------------------------
+# -- lower precision -------------------------------------------------------------------
 
 
 def nested_teacher():
@@ -181,7 +181,7 @@ def test_a_copy_in_lower_precision(build):
     assert model.dtype_policy.name == "float32"
 
 
-# -- fingerprints, and what is left ----------------------------------------------------------
+# -- fingerprints, and what is left ----------------------------------------------------
 
 
 def test_a_fingerprint_is_of_weights_and_architecture():

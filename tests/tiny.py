@@ -105,7 +105,9 @@ class Counting(keras.layers.Layer):
             self.runs.append(bool(training))
             return x
 
-        result = tf.grad_pass_through(lambda t: tf.numpy_function(note, [t], t.dtype))(x)
+        result = tf.grad_pass_through(lambda t: tf.numpy_function(note, [t], t.dtype))(
+            x
+        )
         return tf.ensure_shape(result, x.shape)
 
     def compute_output_spec(self, x, training=None):

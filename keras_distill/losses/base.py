@@ -178,7 +178,7 @@ def align_left(name: str, weight: Any, values: Any) -> Any:
 
 
 def kept_rows(batch: Any, sample_weight: Any, mask: Any, dtype: str) -> Any:
-    """One number per row: 1 where the row's weight is not 0, else 0.
+    """One number per row: 1 where the row's weight is not 0, else 0; None for all 1.
 
     Args:
         batch: Shape `(B,)` of the rows.
@@ -186,6 +186,8 @@ def kept_rows(batch: Any, sample_weight: Any, mask: Any, dtype: str) -> Any:
         mask: None or booleans of shape `(B,)` or `(B, 1)`.
         dtype: Of the result.
     """
+    if sample_weight is None and mask is None:
+        return None
     rows = ops.ones(batch, dtype)
     if sample_weight is not None:
         weight = align_left("sample_weight", sample_weight, rows)

@@ -46,6 +46,7 @@ class Rows:
                 f"{type(loss).__name__} compares the rows of a batch with each other "
                 f"and needs at least two. Received: student {tuple(y_pred.shape)}"
             )
+        self._all = rows is None
         if rows is None:
             rows = ops.ones(ops.shape(y_pred)[:1], loss.dtype)
         self.kept = rows
@@ -55,12 +56,14 @@ class Rows:
 
     def select(self, x: Any) -> Any:
         """Puts zeros in place of rows that are not in the batch (also of NaN)."""
+        if self._all:
+            return x
         kept = ops.reshape(self.kept, (-1,) + (1,) * (len(x.shape) - 1))
         return ops.where(kept > 0, x, 0.0)
 
     def columns(self, values: Any) -> Any:
         """Puts zeros where the second row of a pair, `(B, B)`, is not in the batch."""
-        return values * self.kept
+        return values if self._all else values * self.kept
 
     def others(self) -> Any:
         """`(B, B)`: 1 for two different rows that are both in the batch, else 0."""

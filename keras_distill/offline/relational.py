@@ -34,7 +34,7 @@ class RelationalDistiller(Preset):
     The compiled loss plus up to five terms that compare the embeddings of a batch:
     `distance` and `angle` (relational distillation), `similarity` (similarity
     preserving), `probabilistic` (probabilistic transfer) and `congruence` (correlation
-    congruence). A term of weight 0 is left out. Embeddings may have different sizes,
+    congruence, of embeddings scaled to length 1). A term of weight 0 is left out. Embeddings may have different sizes,
     and classes need not be the same. Without labels and without a compiled loss the
     terms alone train: metric learning.
 
@@ -104,7 +104,15 @@ class RelationalDistiller(Preset):
             student,
             teacher,
             own=[
-                Link(own, other, LOSSES[name](), weight=weight, name=name)
+                Link(
+                    own,
+                    other,
+                    LOSSES[name](),
+                    weight=weight,
+                    adapter=_unit(name),
+                    teacher_adapter=_unit(name),
+                    name=name,
+                )
                 for name, weight in weights.items()
                 if weight
             ],
@@ -121,3 +129,10 @@ class RelationalDistiller(Preset):
             "embedding": [link.student_layer, link.teacher_layer],
             **weights,
         }
+
+
+def _unit(name: str) -> keras.Layer | None:
+    """Scales embeddings to length 1, for the loss that asks for it."""
+    if name != "congruence":
+        return None
+    return keras.layers.UnitNormalization(dtype="float32")

@@ -433,6 +433,7 @@ class Cache(Teacher):
             leaves["seed"] = np.ascontiguousarray(records["seed"])
         return leaves
 
+    @tf.autograph.experimental.do_not_convert
     def _with_knowledge(self, positions: Any, element: Any) -> Any:
         x, *rest = as_tuple(element)
         specs = {s.name: s.leaf for s in self._codec.stored}

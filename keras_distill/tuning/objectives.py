@@ -30,7 +30,8 @@ def objective(name: str) -> keras_tuner.Objective:
     'min'
     """
     if name == "loss" or (
-        name.endswith("_loss") and name not in ("hard_loss", "val_loss", "val_hard_loss")
+        name.endswith("_loss")
+        and name not in ("hard_loss", "val_loss", "val_hard_loss")
     ):
         raise ValueError(_not_comparable(name))
     if re.search(_MINIMIZED, name):
@@ -44,39 +45,28 @@ def objective(name: str) -> keras_tuner.Objective:
 
 
 def check_objective(
-    wanted: Any, distiller: Any, evaluated: dict[str, Any] | None
+    wanted: Any, distiller: Any, evaluated: set[str], validated: bool
 ) -> None:
     """Raises FatalValueError unless the logs hold an objective that can be compared.
 
     Args:
         wanted: keras-tuner's objective; several are checked one by one.
         distiller: The compiled distiller.
-        evaluated: The logs of its evaluation; None without validation data.
+        evaluated: Names of the logs of its evaluation.
+        validated: Whether there are validation data.
     """
-    for one in getattr(wanted, "objectives", [wanted]):
-        _check_one(one.name, distiller, evaluated)
-
-
-def _check_one(name: str, distiller: Any, evaluated: dict[str, Any] | None) -> None:
     terms = {f"{term}_loss" for term in distiller.term_weights if term != "hard"}
-    term = name.removeprefix("val_")
-    if name == "loss" or term in terms:
-        raise FatalValueError(_not_comparable(name))
-    comparable = sorted(f"val_{log}" for log in evaluated or {} if log not in terms)
-    if name in comparable:
-        return
-    trained = {"hard_loss", *(evaluated or {}), *distiller.logs} - terms - {"loss"}
-    if name in trained:
-        return
-    if evaluated is None and name != term:
-        raise FatalValueError(
-            f"The objective {name!r} needs validation data: give "
-            "tuner.search(..., validation_data=...)."
-        )
-    raise FatalValueError(
-        f"There is no log {name!r} to be the objective. There are: "
-        f"{', '.join(comparable + sorted(trained))}."
-    )
+    comparable = {f"val_{log}" for log in evaluated - terms} if validated else set()
+    trained = (evaluated | set(distiller.log_names)) - terms - {"loss"}
+    for name in [one.name for one in getattr(wanted, "objectives", [wanted])]:
+        if name == "loss" or name.removeprefix("val_") in terms:
+            raise FatalValueError(_not_comparable(name))
+        if name not in comparable | trained:
+            missing = "" if validated else " There are no validation data."
+            raise FatalValueError(
+                f"There is no log {name!r} to be the objective.{missing} There are: "
+                f"{', '.join(sorted(comparable) + sorted(trained))}."
+            )
 
 
 def _not_comparable(name: str) -> str:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -168,13 +167,3 @@ def test_the_command_line_is_checked(tmp_path, capfd):
             launch.main(arguments)
         assert stopped.value.code == 2
         assert message in capfd.readouterr().err
-
-
-def test_the_module_runs():
-    result = subprocess.run(
-        [sys.executable, "-m", "keras_distill.launch", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert "--restarts" in result.stdout, result.stderr

@@ -41,7 +41,7 @@ KINDS = {
         3,
     ),
     "svd": (
-        lambda s, t: kd.FlowDistiller(s, t, STAGES, method="svd"),
+        lambda s, t: kd.FlowDistiller(s, t, STAGES, method="svd", weight=300.0),
         ["relu1-relu2", "relu2-relu3"],
         6,
     ),
@@ -52,9 +52,10 @@ KINDS = {
             embedding=("embedding", "embedding"),
             similarity_weight=30.0,
             probabilistic_weight=300.0,
-            congruence_weight=0.02,
+            congruence_weight=1.0,
+            alpha=0.1,
         ),
-        ["distance", "angle"],
+        ["distance", "angle", "similarity", "probabilistic", "congruence"],
         3,
     ),
     "contrastive": (
@@ -116,6 +117,13 @@ def inputs_of(kind: str, x: np.ndarray):
     if kind == "contrastive":
         return {"image": x, "kd_index": np.arange(len(x), dtype="int32")}
     return x
+
+
+def own_config(distiller) -> dict:
+    """Its configuration without that of the models in it."""
+    config = distiller.get_config()
+    parts = ("student", "classifier", "paraphraser")
+    return {key: value for key, value in config.items() if key not in parts}
 
 
 def terms(distiller, batch) -> dict[str, float]:

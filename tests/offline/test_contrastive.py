@@ -94,7 +94,7 @@ def test_negatives_are_other_samples(teacher):
 
 def test_both_heads_are_trained_and_the_student_alone_is_evaluated(teacher, digits):
     distiller = make(teacher)
-    distiller.compile("sgd", nets.SPARSE, ["accuracy"], run_eagerly=True)
+    distiller.compile("sgd", nets.SPARSE, metrics=["accuracy"], run_eagerly=True)
     heads = [distiller.student_head, distiller.teacher_head]
     before = [tiny.values(head.weights) for head in heads]
     x = nets.inputs_of("contrastive", digits[0])

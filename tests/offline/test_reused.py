@@ -20,7 +20,10 @@ def trained(teacher, digits):
         nets.net(3), teacher, features=("relu2", "relu3")
     )
     distiller.compile(
-        keras.optimizers.Adam(0.01), nets.SPARSE, ["accuracy"], run_eagerly=True
+        keras.optimizers.Adam(0.01),
+        nets.SPARSE,
+        metrics=["accuracy"],
+        run_eagerly=True,
     )
     tiny.history(distiller, *digits, batch_size=32, epochs=6)
     return distiller

@@ -1,0 +1,381 @@
+"""Two replicas of one process do what one device does."""
+
+from __future__ import annotations
+
+import collections
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny
+from keras import layers
+
+import keras_distill as kd
+from keras_distill import losses
+
+BATCH = 16
+
+
+def rows(count, shape=(tiny.FEATURES,), missing=(), weights=False):
+    """Batches of 16 rows, which two replicas share as 8 and 8."""
+    generator = np.random.default_rng(1)
+    x = generator.normal(size=(count, *shape)).astype("float32")
+    y = generator.integers(0, tiny.CLASSES, count)
+    y[list(missing)] = -1
+    parts = (x, y, generator.random(count).astype("float32")) if weights else (x, y)
+    return tf.data.Dataset.from_tensor_slices(parts).batch(BATCH)
+
+
+def images(count):
+    return rows(count, (8, 8, 3))
+
+
+def cnn(width=4, norm=False):
+    """Grids `block1` and `block2` of 4 x 4, vectors `pool`."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(width, 3, 2, "same", activation="relu", name="block1")(inputs)
+    if norm:
+        x = layers.BatchNormalization(synchronized=True, name="norm")(x)
+    x = layers.Conv2D(width, 3, padding="same", name="block2")(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(inputs, layers.Dense(tiny.CLASSES, name="logits")(x))
+
+
+def distiller(student=None, **kwargs):
+    return kd.Distiller(student or tiny.mlp(), tiny.teacher(), **kwargs)
+
+
+def run(make, data, eager, clip=None, validate=False, **kwargs):
+    keras.utils.set_random_seed(0)
+    made = make()
+    sgd = keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=clip)
+    options = {"loss": tiny.SPARSE, "metrics": ["accuracy"], "run_eagerly": eager}
+    made.compile(sgd, **options | kwargs)
+    validation = data.skip(len(data) - 2) if validate else None
+    return made, made.fit(data, verbose=0, validation_data=validation).history
+
+
+def state(made):
+    """Everything that training changes, but the states of random generators."""
+    return [v for v in made.variables if "seed" not in v.path]
+
+
+def check_equal(strategy, make, data, across=False, **kwargs):
+    """An epoch on one device (eagerly, which is quicker) and on two replicas."""
+    one, expected = run(make, data, True, **kwargs)
+    with strategy.scope():
+        if across:
+            kwargs["across_replicas"] = True
+        two, found = run(make, data, False, **kwargs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            found[name], value, rtol=1e-5, atol=1e-6, err_msg=name
+        )
+    for variable, wanted in zip(state(two), state(one), strict=True):
+        value, wanted = variable.numpy(), wanted.numpy()
+        error = np.linalg.norm(value - wanted)
+        assert error <= 1e-5 * max(np.linalg.norm(wanted), 0.1), variable.path
+    return two, found
+
+
+# -- the distiller ----------------------------------------------------------------
+
+
+def test_weights_missing_labels_and_clipping(strategy):
+    """In batch 2 one replica has no labels; the last batch has 5 rows."""
+
+    def make():
+        model = tiny.mlp()
+        outputs = layers.Softmax(name="probabilities")(model.output)
+        return distiller(keras.Model(model.input, outputs))
+
+    data = rows(3 * BATCH + 5, missing=range(24, 32), weights=True)
+    loss = "sparse_categorical_crossentropy"
+    weighted = ["accuracy"]
+    check_equal(
+        strategy,
+        make,
+        data,
+        loss=loss,
+        clip=0.1,
+        weighted_metrics=weighted,
+        validate=True,
+    )
+
+
+def test_a_replica_without_rows(strategy):
+    """The last batch has one row; a convolution as adapter sees the padding too."""
+
+    def make():
+        link = kd.Link("block1", "block1", "mse", adapter="auto")
+        return kd.Distiller(cnn(4), cnn(6), links=[link])
+
+    check_equal(strategy, make, images(2 * BATCH + 1))
+
+
+def test_losses_of_every_kind(strategy):
+    """Response, feature, flow, and relations over the global batch."""
+
+    def make():
+        pair = ["block1", "block2"]
+        links = [
+            kd.Link("block1", "block1", losses.AttentionTransfer(), name="at"),
+            kd.Link(pair, pair, losses.FlowOfProcedure(), name="fsp"),
+            kd.Link("pool", "pool", losses.RelationalDistance(), name="rkd"),
+            kd.Link("pool", "pool", losses.ProbabilisticTransfer(), name="pkt"),
+            kd.Link("pool", "pool", losses.SimilarityPreserving(), name="sp"),
+        ]
+        return kd.Distiller(cnn(), cnn(), soft_loss=losses.DIST(), links=links)
+
+    check_equal(strategy, make, images(2 * BATCH + 5), across=True)
+
+
+def test_relations_stay_on_a_replica_unless_asked(strategy):
+    def make():
+        link = kd.Link("hidden", "hidden", losses.RelationalDistance(), name="rkd")
+        known = tiny.teacher(8)
+        return kd.Distiller(tiny.mlp(), known, soft_loss=None, links=[link])
+
+    data = rows(BATCH)
+    one = run(make, data, True)[1]["rkd_loss"][0]
+    with strategy.scope():
+        two = run(make, data, True)[1]["rkd_loss"][0]
+    assert abs(one - two) > 1e-4 * abs(one)
+
+
+def test_an_embedding(strategy):
+    """Its gradient holds rows of the table only."""
+
+    def network(width):
+        inputs = keras.Input((4,))
+        x = layers.Embedding(20, width)(inputs)
+        x = layers.GlobalAveragePooling1D()(x)
+        return keras.Model(inputs, layers.Dense(tiny.CLASSES)(x))
+
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 20, (37, 4)), generator.integers(0, 3, 37)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    check_equal(strategy, lambda: kd.Distiller(network(5), network(8)), data, clip=0.1)
+
+
+def contents(model):
+    """What hangs on the layers of a model, by layer and name."""
+    return {
+        layer.path: {name: type(value) for name, value in vars(layer).items()}
+        for layer in model._flatten_layers()
+    }
+
+
+def test_synchronized_batch_normalization(strategy):
+    """Taps read their own replica's features, and nothing stays on the layers."""
+    before = {}
+
+    def make():
+        link = kd.Link("norm", "block1", "mse", adapter="auto")
+        student = cnn(norm=True)
+        made = kd.Distiller(student, cnn(), links=[link])
+        before.clear()
+        before.update(contents(student))
+        return made
+
+    two, _ = check_equal(strategy, make, images(2 * BATCH + 5))
+    assert contents(two.student) == before
+
+
+def test_a_batch_that_synchronized_statistics_cannot_take_is_dropped(strategy):
+    def make():
+        return kd.Distiller(cnn(norm=True), cnn())
+
+    whole = images(BATCH + 1)
+    one, _ = run(make, whole.take(1), True)
+    with (
+        strategy.scope(),
+        pytest.warns(UserWarning, match="1 rows of epoch 0 were dropped"),
+    ):
+        two, _ = run(make, whole, False, validate=True)
+    for variable, wanted in zip(
+        two.student.variables, one.student.variables, strict=True
+    ):
+        np.testing.assert_allclose(variable.numpy(), wanted.numpy(), atol=1e-6)
+
+
+def test_nan_on_the_last_replica_alone(strategy):
+    """The batch changes nothing anywhere, not even the slots of the optimizer."""
+    x = np.random.default_rng(0).normal(size=(3 * BATCH, 8, 8, 3)).astype("float32")
+    x[2 * BATCH - 1, 0, 0, 0] = np.nan
+    y = np.arange(len(x)) % tiny.CLASSES
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+
+    def make():
+        return kd.Distiller(cnn(norm=True), cnn())
+
+    def fit(eager):
+        keras.utils.set_random_seed(0)
+        made = make()
+        sgd = keras.optimizers.SGD(0.1, momentum=0.9)
+        made.compile(sgd, tiny.SPARSE, skip_nonfinite=True, run_eagerly=eager)
+        history = made.fit(data, verbose=0).history
+        return made, history
+
+    one, expected = fit(True)
+    with strategy.scope():
+        two, found = fit(False)
+    assert found["skipped"] == pytest.approx([1 / 3])
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert int(two.optimizer.iterations.numpy()) == 2
+    pairs = zip(two.optimizer.variables, one.optimizer.variables, strict=True)
+    pairs = [*pairs, *zip(state(two), state(one), strict=True)]
+    for variable, wanted in pairs:
+        np.testing.assert_allclose(variable.numpy(), wanted.numpy(), atol=1e-6)
+
+
+# -- the other distillers ---------------------------------------------------------
+
+
+def synchronized(made):
+    """The distiller with statistics over the global batch, as one device has them."""
+    for layer in made._flatten_layers():
+        if isinstance(layer, layers.BatchNormalization):
+            layer.synchronized = True
+    return made
+
+
+def one_ensemble():
+    return kd.OneEnsemble.from_model(cnn(norm=True), "block1", num_branches=2)
+
+
+def byot():
+    return synchronized(kd.BeYourOwnTeacher.from_model(cnn(norm=True), ["block1"]))
+
+
+def mutual(updates):
+    return lambda: kd.MutualLearning([tiny.mlp(), tiny.mlp(6)], updates=updates)
+
+
+def vectors(count):
+    return rows(count, missing=(20, count - 1), weights=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "count"),
+    [
+        (one_ensemble, images, 2 * BATCH + 5),
+        (byot, images, 2 * BATCH + 5),
+        (mutual("in_turn"), vectors, 2 * BATCH + 1),
+        (mutual("together"), vectors, 2 * BATCH + 1),
+    ],
+    ids=["one", "byot", "in_turn", "together"],
+)
+def test_distillers_without_a_teacher(strategy, make, data, count):
+    check_equal(strategy, make, data(count), validate=make is one_ensemble)
+
+
+# -- rows -------------------------------------------------------------------------
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Ids(layers.Layer):
+    """Notes the first feature of every row that comes by."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seen = []
+
+    def call(self, x):
+        def note(first):
+            self.seen += first[:, 0].astype(int).tolist()
+            return first
+
+        first = tf.numpy_function(note, [x[:, :1]], x.dtype)
+        return tf.concat([tf.ensure_shape(first, (None, 1)), x[:, 1:]], 1)
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+def test_every_row_is_seen_once_in_every_epoch(strategy):
+    """Ids from 1: the padding row of a replica without rows has 0."""
+    count = 2 * BATCH + 1
+    x = np.zeros((count, tiny.FEATURES), "float32")
+    x[:, 0] = np.arange(1, count + 1)
+    y = np.arange(count) % tiny.CLASSES
+    with strategy.scope():
+        ids = Ids()
+        inputs = keras.Input((tiny.FEATURES,))
+        student = keras.Model(inputs, layers.Dense(tiny.CLASSES)(ids(inputs)))
+        made = kd.Distiller(student, tiny.teacher())
+        made.compile(keras.optimizers.SGD(1e-3), tiny.SPARSE)
+
+    def make(seed):
+        data = tf.data.Dataset.from_tensor_slices((x, y))
+        return data.shuffle(count, seed=seed[0] + seed[1]).batch(BATCH)
+
+    expected = dict.fromkeys(range(1, count + 1), 2)
+    for data in (
+        {"x": x, "y": y, "batch_size": BATCH},
+        {"x": kd.data.per_epoch(make)},
+    ):
+        ids.seen.clear()
+        made.fit(**data, epochs=2, verbose=0)
+        assert collections.Counter(i for i in ids.seen if i) == expected
+
+
+# -- what is refused --------------------------------------------------------------
+
+
+def test_a_student_from_outside_of_the_scope(strategy):
+    student = tiny.mlp()
+    with strategy.scope(), pytest.raises(ValueError, match=r"with strategy.scope\(\):"):
+        distiller(student)
+    with strategy.scope():
+        student = tiny.mlp()
+    with pytest.raises(ValueError, match="the same strategy scope"):
+        distiller(student)
+
+
+def test_an_unsupported_strategy():
+    other = tf.distribute.experimental.CentralStorageStrategy()
+    with (
+        other.scope(),
+        pytest.raises(ValueError, match=r"CentralStorageStrategy is not.*Mirrored"),
+    ):
+        distiller()
+
+
+def test_options_that_do_not_go_with_replicas(strategy):
+    with strategy.scope():
+        made = distiller()
+        accumulating = keras.optimizers.SGD(gradient_accumulation_steps=2)
+        with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+            made.compile(accumulating, tiny.SPARSE)
+        if not tf.config.list_physical_devices("GPU"):
+            with pytest.raises(ValueError, match="jit_compile=True.*strategy on CPU"):
+                made.compile("sgd", tiny.SPARSE, jit_compile=True)
+        made.compile("sgd", tiny.SPARSE)
+    x, y = tiny.data()
+    for method in (made.fit, made.evaluate):
+        with pytest.raises(ValueError, match="`batch_size`.*each of the 2.*: 1"):
+            method(x, y, batch_size=1)
+    with pytest.raises(ValueError, match="`batch_size`"):
+        made.predict(x, batch_size=1)
+
+
+def test_activity_regularizers_with_synchronized_statistics(strategy):
+    def network():
+        model = cnn(norm=True)
+        x = layers.ActivityRegularization(l2=0.1)(model.output)
+        return keras.Model(model.input, x)
+
+    kd.Distiller(network(), cnn()).compile("sgd", tiny.SPARSE)
+    with strategy.scope():
+        made = kd.Distiller(network(), cnn())
+        with pytest.raises(ValueError, match="Activity regularizers"):
+            made.compile("sgd", tiny.SPARSE)
+
+
+def test_across_replicas_needs_several():
+    link = kd.Link("hidden", "hidden", losses.RelationalDistance(), adapter="auto")
+    with pytest.raises(ValueError, match="no effect on one replica"):
+        distiller(links=[link]).compile("sgd", tiny.SPARSE, across_replicas=True)

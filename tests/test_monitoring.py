@@ -1,0 +1,287 @@
+"""DistillationBoard: what it writes, read back from the event files."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+import keras_distill as kd
+from keras_distill.monitoring import DistillationBoard, calibration
+
+
+def written(folder):
+    """Scalars by tag: step -> value; and all tags."""
+    events = EventAccumulator(str(folder), {"tensors": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()["tensors"]
+    values = {}
+    for tag in tags:
+        points = [
+            (e.step, tf.make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)
+        ]
+        values[tag] = dict(points)
+    return values, events
+
+
+def fitted(board, x, y, epochs=2, distiller=None, callbacks=(), **compiled):
+    distiller = distiller or tiny.distiller()
+    tiny.compiled(distiller, **compiled)
+    history = distiller.fit(
+        x, y, epochs=epochs, batch_size=12, verbose=0, callbacks=[*callbacks, board]
+    )
+    return distiller, history.history
+
+
+def log_softmax(z):
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def by_hand(probabilities, labels, bins):
+    """ECE, one row at a time."""
+    groups = {}
+    for row, label in zip(probabilities, labels, strict=True):
+        confidence = max(row)
+        for b in range(bins):
+            if b / bins < confidence <= (b + 1) / bins:
+                right = list(row).index(confidence) == label
+                groups.setdefault(b, []).append((confidence, right))
+    total = 0.0
+    for rows in groups.values():
+        confidence = sum(c for c, _ in rows) / len(rows)
+        accuracy = sum(r for _, r in rows) / len(rows)
+        total += len(rows) / len(labels) * abs(accuracy - confidence)
+    return total
+
+
+@pytest.mark.parametrize("bins", [5, 15])
+def test_calibration_error_is_that_of_a_calculation_by_hand(bins):
+    generator = np.random.default_rng(0)
+    p = np.exp(log_softmax(generator.normal(size=(200, 4)) * 2))
+    y = generator.integers(0, 4, 200)
+    found = calibration(p, y, bins)
+    assert found.error == pytest.approx(by_hand(p, y, bins), rel=1e-9)
+    assert found.count.sum() == 200
+
+
+def test_the_bins_are_those_of_scikit_learn():
+    from sklearn.calibration import calibration_curve
+
+    generator = np.random.default_rng(1)
+    confidence = generator.uniform(0.5, 1, 300)
+    p = np.stack([confidence, 1 - confidence], -1)
+    y = (generator.uniform(size=300) > confidence).astype(int)
+    found = calibration(p, y, 10)
+    accuracy, mean = calibration_curve(y == 0, confidence, n_bins=10)
+    filled = found.count > 0
+    np.testing.assert_allclose(found.accuracy[filled], accuracy)
+    np.testing.assert_allclose(found.confidence[filled], mean)
+    expected = np.sum(found.count[filled] * abs(accuracy - mean)) / 300
+    assert found.error == pytest.approx(expected)
+
+
+def test_every_chart_of_a_run_is_right(tmp_path):
+    x, y = tiny.data(30)
+    board = DistillationBoard(tmp_path, (x, y), batch_size=16, hparams={"seed": 3})
+    ramp = kd.schedules.Schedule("temperature", lambda epoch: 2.0 + epoch)
+    distiller, logs = fitted(
+        board, x, y, callbacks=[ramp], metrics=["accuracy"], log_gradient_share=1
+    )
+    values, events = written(tmp_path / "distillation")
+    assert values["temperature"] == {0: 2.0, 1: 3.0}
+    assert values["alpha"][1] == pytest.approx(0.1)
+    assert values["beta"][1] == pytest.approx(0.9)
+    assert values["learning_rate"][1] == pytest.approx(0.1)
+    assert values["steps_per_second"][1] > 0
+    for term in ("hard", "soft"):
+        share = values[f"gradient_share/{term}"][1]
+        assert share == pytest.approx(logs[f"{term}_gradient_share"][1])
+
+    student = log_softmax(np.asarray(distiller.student(x), "float64"))
+    teacher = log_softmax(np.asarray(distiller.teacher.model(x), "float64"))
+    near = {"rel": 1e-4, "abs": 1e-6}
+    for name, log_p in (("student", student), ("teacher", teacher)):
+        entropy = -np.mean(np.sum(np.exp(log_p) * log_p, -1))
+        assert values[f"entropy/{name}"][1] == pytest.approx(entropy, **near)
+        error = by_hand(np.exp(log_p), y, 15)
+        assert values[f"ece/{name}"][1] == pytest.approx(error, **near)
+    kl = np.mean(np.sum(np.exp(teacher) * (teacher - student), -1))
+    assert values["kl"][1] == pytest.approx(kl, **near)
+    same = np.mean(student.argmax(-1) == teacher.argmax(-1))
+    assert values["agreement"][1] == pytest.approx(same)
+    assert {f"class_gain/{c}" for c in range(3)} <= set(values)
+    assert all(values[f"class_gain/{c}"][0] == 0 for c in range(3))
+    width, height, png = values["reliability"][1][:3]
+    image = tf.io.decode_png(png)
+    assert image.shape[:2] == (int(height), int(width))
+    assert np.ptp(image.numpy()) > 100
+
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(values["custom_scalars__config__"][0].item())
+    assert [category.title for category in layout.category][:1] == ["Knowledge"]
+    metadata = events.SummaryMetadata("_hparams_/session_start_info")
+    data = plugin_data_pb2.HParamsPluginData()
+    data.ParseFromString(metadata.plugin_data.content)
+    shown = data.session_start_info.hparams
+    assert shown["seed"].number_value == 3
+    assert shown["optimizer"].string_value == "SGD"
+    assert shown["beta"].number_value == pytest.approx(0.9)
+
+
+def test_gain_is_over_the_baseline_and_rows_limits_what_is_looked_at(tmp_path):
+    x, y = tiny.data(30)
+    baseline = tiny.mlp()
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(7)
+    board = DistillationBoard(tmp_path, data, rows=20, baseline=baseline)
+    distiller, _ = fitted(board, x, y, epochs=1)
+    values, _ = written(tmp_path / "distillation")
+    chosen = {
+        name: np.asarray(model(x[:20])).argmax(-1)
+        for name, model in (("before", baseline), ("after", distiller.student))
+    }
+    for c in range(3):
+        of_class = y[:20] == c
+        before, after = (
+            np.mean(chosen[name][of_class] == c) for name in ("before", "after")
+        )
+        gain = values[f"class_gain/{c}"][0]
+        assert gain == pytest.approx(after - before, abs=1e-6)
+
+
+def test_rows_without_a_label_are_left_out_of_what_needs_one(tmp_path):
+    x, y = tiny.data(20)
+    y[::2] = -1
+    distiller, _ = fitted(DistillationBoard(tmp_path, (x, y)), x, y, epochs=1)
+    values, _ = written(tmp_path / "distillation")
+    p = np.exp(log_softmax(np.asarray(distiller.student(x[1::2]), "float64")))
+    assert values["ece/student"][0] == pytest.approx(by_hand(p, y[1::2], 15), rel=1e-4)
+    log_p = log_softmax(np.asarray(distiller.student(x), "float64"))
+    entropy = -np.mean(np.sum(np.exp(log_p) * log_p, -1))
+    assert values["entropy/student"][0] == pytest.approx(entropy, rel=1e-4)
+
+
+def test_attention_maps_are_images_side_by_side(tmp_path):
+    x, y = tiny.images()
+    distiller = kd.Distiller(tiny.cnn(), tiny.cnn(8))
+    board = DistillationBoard(
+        tmp_path, (x, y), attention=("block1", "block2"), images=2
+    )
+    fitted(board, x, y, epochs=1, distiller=distiller)
+    values, _ = written(tmp_path / "distillation")
+    image = tf.io.decode_png(values["attention"][0][2])
+    assert image.shape[1] > image.shape[0]  # three columns, two rows
+
+
+def test_attention_is_the_square_over_channels():
+    from keras_distill.monitoring.figures import attention_map
+
+    features = np.array([[[[3.0, 4.0], [0.0, 5.0]], [[1.0, 0.0], [0.0, 0.0]]]])
+    np.testing.assert_allclose(attention_map(features)[0], [[1, 1], [0.04, 0]])
+
+
+def test_gates_and_branches_of_one_are_shown(tmp_path):
+    stem = keras.Sequential([keras.Input((tiny.FEATURES,)), keras.layers.Dense(4)])
+    branches = [
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(tiny.CLASSES)])
+        for _ in range(2)
+    ]
+    x, y = tiny.data(12)
+    board = DistillationBoard(tmp_path, (x, y))
+    _, logs = fitted(board, x, y, epochs=1, distiller=kd.OneEnsemble(stem, branches))
+    values, _ = written(tmp_path / "distillation")
+    for index in range(2):
+        gate, accuracy = f"gate_{index}", f"branch_{index}_accuracy"
+        assert values[f"gate/{gate}"][0] == pytest.approx(logs[gate][0])
+        assert values[f"branch/{accuracy}"][0] == pytest.approx(logs[accuracy][0])
+    assert "entropy/student" in values
+    assert "entropy/teacher" not in values
+
+
+def test_the_folder_is_that_of_the_stock_callback(tmp_path):
+    x, y = tiny.data(12)
+    stock = keras.callbacks.TensorBoard(tmp_path)
+    fitted(DistillationBoard(), x, y, epochs=1, callbacks=[stock])
+    values, _ = written(tmp_path / "distillation")
+    assert values["beta"][0] == pytest.approx(0.9)
+    stocks, _ = written(tmp_path / "train")
+    assert {"epoch_hard_loss", "epoch_soft_loss"} <= set(stocks)
+
+
+def test_a_copy_shares_data_and_models():
+    data = tf.data.Dataset.from_tensor_slices(tiny.data()).batch(8)
+    board = DistillationBoard("logs", data, baseline=tiny.mlp())
+    other = copy.deepcopy(board)
+    assert other is not board
+    assert other.validation_data is data
+    assert other.baseline is board.baseline
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"baseline": "model"}, "`baseline` has no effect without validation_data"),
+        ({"attention": ("a", "b")}, "`attention` has no effect"),
+        ({"bins": 0}, "`bins` must be at least 1"),
+        ({"rows": 0}, "`rows` must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationBoard("logs", **arguments)
+
+
+def test_without_a_folder_it_says_so():
+    with pytest.raises(ValueError, match="give `log_dir`, or add"):
+        fitted(DistillationBoard(), *tiny.data())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    seen = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(batch)
+    )
+    board = DistillationBoard(tmp_path / "file")
+    with pytest.raises(ValueError, match="`log_dir` cannot be written"):
+        fitted(board, *tiny.data(), callbacks=[note])
+    assert not seen
+
+
+def test_a_plain_model_is_refused(tmp_path):
+    model = tiny.mlp()
+    model.compile("sgd", tiny.SPARSE)
+    with pytest.raises(TypeError, match="needs a distiller"):
+        model.fit(*tiny.data(), verbose=0, callbacks=[DistillationBoard(tmp_path)])
+
+
+def test_a_cache_needs_the_live_teacher(tmp_path):
+    x, y = tiny.data()
+    rows = tf.data.Dataset.from_tensor_slices((x, y))
+    known = tiny.teacher()
+    cache = kd.teachers.Cache.build(known, rows, tmp_path / "cache")
+    data = cache.attach(rows).batch(12)
+    distiller = tiny.compiled(tiny.distiller(known=cache))
+    with pytest.raises(ValueError, match="give DistillationBoard"):
+        distiller.fit(data, verbose=0, callbacks=[DistillationBoard(tmp_path, (x, y))])
+    board = DistillationBoard(tmp_path / "logs", (x, y), teacher=known)
+    distiller.fit(data, verbose=0, callbacks=[board])
+    values, _ = written(tmp_path / "logs" / "distillation")
+    teacher = log_softmax(np.asarray(known(x), "float64"))
+    entropy = -np.mean(np.sum(np.exp(teacher) * teacher, -1))
+    assert values["entropy/teacher"][0] == pytest.approx(entropy, rel=1e-3, abs=1e-6)
+
+
+def test_trials_with_an_own_folder_do_not_mix(tmp_path):
+    board = DistillationBoard(tmp_path)
+    trial = types.SimpleNamespace(trial=types.SimpleNamespace(trial_id="07"))
+    board.with_companions([trial])
+    assert board._folder() == str(tmp_path / "07")
