@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_distill.heads import output_names
 from keras_distill.inputs import plain_inputs, select_inputs
+from keras_distill.labelled import Labelled
 from keras_distill.links import (
-    as_list,
     call_model,
     check_weight,
     input_spec,
@@ -25,81 +24,21 @@ from keras_distill.logs import Logs
 from keras_distill.losses.base import PACKAGE, number, reduce_values
 from keras_distill.steps_tensorflow import Steps
 from keras_distill.tables import text_table
+from keras_distill.terms import Counted, TermWeights
 from keras_distill.weighting import (
-    Labels,
-    by_output,
-    class_weights,
     current_rows,
     current_share,
-    for_masked,
     full,
-    hand_on,
-    label_kind,
-    multiply,
     note_log,
-    read_labels,
+    unscaled,
 )
 
 _SEEDS = "seed_generators.json"
 RESERVED = ("loss", "hard", "soft", "agreement", "regularization", "skipped")
 
 
-class Counted(NamedTuple):
-    """A term that counts other than by the batch's rows: by those with a label.
-
-    Attributes:
-        value: The unweighted scalar.
-        rows: By how many rows the epoch's mean weights it.
-    """
-
-    value: Any
-    rows: Any
-
-
-class TermWeights(MutableMapping):
-    """The weights of the terms by name; assigning a number takes effect at once.
-
-    Reading gives the variable (`.numpy()` its value). Weights stay in the graph as
-    variables, so no step is traced anew.
-    """
-
-    def __init__(self, create: Callable[[str, float], Any]) -> None:
-        self._create = create
-        self._variables: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._variables:
-            raise KeyError(f"There is no term {name!r}. Terms: {list(self._variables)}")
-        return self._variables[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        variable = self[name]
-        check_weight(name, value)
-        variable.assign(number(value))
-
-    def __delitem__(self, name: str) -> None:
-        raise TypeError("A term cannot be removed. Set its weight to 0.")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._variables)
-
-    def __len__(self) -> int:
-        return len(self._variables)
-
-    def __repr__(self) -> str:
-        values = {name: round(number(v), 6) for name, v in self._variables.items()}
-        return f"TermWeights({values})"
-
-    def add(self, name: str, value: float) -> None:
-        """Creates the variable of a new term."""
-        check_weight(name, value)
-        if name in self._variables:
-            raise ValueError(f"There is a term {name!r} already. Give `name=`.")
-        self._variables[name] = self._create(name, number(value))
-
-
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class BaseDistiller(Steps, keras.Model):
+class BaseDistiller(Labelled, Steps, keras.Model):
     """What every distiller shares: a `keras.Model` that trains by weighted terms.
 
     The total is `alpha * compiled loss + Σ weight * term + regularisation losses`. A
@@ -248,7 +187,7 @@ class BaseDistiller(Steps, keras.Model):
 
     def log_term(self, name: str, value: Any) -> None:
         """Records a term in a declared log without adding it to the loss."""
-        self._logs.update(name, _unscaled(value), current_rows())
+        self._logs.update(name, unscaled(value), current_rows())
 
     def _weight_variable(self, name: str, value: float) -> Any:
         return self._scalar(f"{name}_weight", value)
@@ -333,14 +272,14 @@ class BaseDistiller(Steps, keras.Model):
         active = self.term_active(term)
         if active is not None:
             rows = rows * ops.cast(active, "float32")
-        self._logs.update(f"{term}_loss", _unscaled(value, labelled), rows)
+        self._logs.update(f"{term}_loss", unscaled(value, labelled), rows)
         return value * self.term_weight(term)
 
     def _log_total(self, losses: list[Any]) -> None:
         total = ops.sum(ops.stack(losses))
         note_log("loss")
         self._loss_tracker.update_state(
-            _unscaled(ops.stop_gradient(total)), current_rows()
+            unscaled(ops.stop_gradient(total)), current_rows()
         )
 
     def term_active(self, term: str) -> Any:
@@ -359,161 +298,6 @@ class BaseDistiller(Steps, keras.Model):
         total = ops.sum(ops.stack([ops.cast(loss, "float32") for loss in losses]))
         share = current_share()
         return total if share is None else total / share.replicas
-
-    def hard_loss(
-        self, labels: list[Labels | None], outputs: Any, scaled: Any, weights: Any
-    ) -> Any:
-        """The compiled loss of the outputs; also updates the compiled metrics.
-
-        Args:
-            labels: Per output, None where there are none.
-            outputs: The student's outputs.
-            scaled: Weights per output, with this replica's scale.
-            weights: The same without it, for metrics.
-
-        Returns:
-            A scalar, or None without labels or without a compiled loss.
-        """
-        if _all_none(labels):
-            return None
-        y, shown, loss_weights, rows = self._for_losses(labels, outputs, scaled)
-        self._logs.update("labelled", 1.0, rows)
-        if self._compile_metrics is not None:
-            plain = self._metric_weights(outputs, weights)
-            self._compile_metrics.update_state(y, shown, plain)
-        if self._compile_loss is None:
-            return None
-        hard = ops.cast(self._compile_loss(y, shown, loss_weights), "float32")
-        self._logs.update("hard_loss", _unscaled(hard, rows), rows)
-        return hard
-
-    def label_loss(
-        self, y: Any, outputs: Any, sample_weight: Any, log: str | None = None
-    ) -> Counted | None:
-        """The compiled loss of any outputs: of a branch, an exit or a peer.
-
-        Unlike `hard_loss` it is for use inside `compute_terms`, and updates no
-        compiled metric.
-
-        Args:
-            y: Labels, as `compute_terms` gets them.
-            outputs: Outputs of the student's structure and shapes.
-            sample_weight: Weights, as `compute_terms` gets them.
-            log: Name of a declared log that records the value.
-
-        Returns:
-            The scalar, which may be (part of) a term, and the rows it counts; None
-            without labels or without a compiled loss.
-        """
-        labels, weights = self._read(y, sample_weight, training=False)
-        if _all_none(labels) or self._compile_loss is None:
-            return None
-        y, shown, loss_weights, rows = self._for_losses(labels, outputs, weights)
-        value = ops.cast(self._compile_loss(y, shown, loss_weights), "float32")
-        if log is not None:
-            self._logs.update(log, _unscaled(value, rows), rows)
-        return Counted(value, rows)
-
-    def log_accuracy(self, log: str, y: Any, logits: Any) -> None:
-        """Records how often the largest logit is the label's; for one output.
-
-        Nothing is recorded without labels, or where labels are no classes.
-        """
-        label = self._read(y, None, training=False)[0][0]
-        if label is None or label.classes is None:
-            return
-        found = ops.cast(ops.argmax(logits, -1), "int32")
-        right = ops.cast(found == label.classes, "float32")
-        weight = ops.ones_like(right)
-        for mask in (label.valid, getattr(logits, "_keras_mask", None)):
-            weight = weight if mask is None else weight * ops.cast(mask, "float32")
-        share = current_share()
-        if share is not None:
-            weight = weight * ops.cast(share.rows > 0, "float32")
-        self._logs.update(log, right, weight)
-
-    def _metric_weights(self, outputs: Any, weights: list[Any]) -> Any:
-        """Weights as Keras's metrics take them: without this replica's scale."""
-        share = current_share()
-        result = []
-        for output, weight in zip(keras.tree.flatten(outputs), weights, strict=True):
-            if share is not None:
-                here = ops.cast(share.rows > 0, "float32")
-                weight = here if weight is None else ops.cast(weight, "float32") * here
-            result.append(full(weight, _values_of(output)))
-        if _all_none(result):
-            return None
-        return keras.tree.pack_sequence_as(outputs, result)
-
-    def _for_losses(
-        self, labels: list[Labels | None], outputs: Any, scaled: Any
-    ) -> tuple[Any, Any, Any, Any]:
-        """Labels, outputs and weights as Keras's losses take them; rows that count."""
-        share = current_share()
-        shown, weights = [], []
-        flat = keras.tree.flatten(outputs)
-        for label, output, weight in zip(labels, flat, scaled, strict=True):
-            valid = None if label is None else label.valid
-            values = _values_of(output)
-            if share is not None:  # metrics must not see a padding row
-                present = ops.ones_like(values) * ops.cast(share.rows, "float32") > 0
-                valid = present if valid is None else valid & present
-            shown.append(hand_on(output, valid))
-            mask = getattr(shown[-1], "_keras_mask", None)
-            weights.append(full(for_masked(weight, mask), values))
-
-        def pack(items: list[Any]) -> Any:
-            return keras.tree.pack_sequence_as(outputs, items)
-
-        rows = current_rows()
-        if len(flat) == 1 and labels[0] is not None and labels[0].valid is not None:
-            rows = _valid_rows(labels[0].valid, rows)
-        y = pack([None if label is None else label.values for label in labels])
-        return y, pack(shown), None if _all_none(weights) else pack(weights), rows
-
-    def _read(
-        self, y: Any, sample_weight: Any, training: bool
-    ) -> tuple[list[Labels | None], list]:
-        kinds = self._label_kinds()
-        specs = keras.tree.flatten(self._symbolic_outputs)
-        labels = [
-            None if item is None else read_labels(item, spec, kind, self.unlabelled)
-            for item, spec, kind in zip(
-                by_output(y, specs, self._names), specs, kinds, strict=True
-            )
-        ]
-        if training and self._one_weight_given:
-            weights = keras.tree.flatten(sample_weight)[:1] * len(labels)
-        elif isinstance(sample_weight, (dict, list, tuple)):
-            weights = by_output(sample_weight, specs, self._names)
-        else:
-            weights = [sample_weight] * len(labels)
-        if training and self._class_weight is not None:
-            if all(label is None for label in labels):
-                raise ValueError("`class_weight` needs labels, and the data have none.")
-            table = dict(self._class_weight)
-            weights = [
-                w if label is None else multiply(w, class_weights(label, table))
-                for w, label in zip(weights, labels, strict=True)
-            ]
-        return labels, weights
-
-    def _one_weight(self, weights: list[Any]) -> Any:
-        first = weights[0]
-        if all(weight is first for weight in weights):
-            return first
-        return dict(zip(self._names, weights, strict=True))
-
-    def _label_kinds(self) -> list[str | None]:
-        loss = getattr(self, "_compiled_loss", None)
-        if isinstance(loss, dict):
-            losses = [loss.get(name) for name in self._names]
-        elif isinstance(loss, (list, tuple)) and len(loss) == len(self._names):
-            losses = list(loss)
-        else:
-            losses = [loss] * len(self._names)
-        kinds = [{label_kind(item) for item in as_list(one)} for one in losses]
-        return [next(iter(k)) if len(k) == 1 else None for k in kinds]
 
     def epoch_began(self, epoch: int, epochs: int) -> None:
         """Called by `fit` before epoch `epoch` of `epochs`, before the callbacks."""
@@ -752,30 +536,3 @@ def _output_weights(weights: Any, names: list[str]) -> dict[str, float]:
     for name, weight in weights.items():
         check_weight(f"output_weights[{name!r}]", weight)
     return {name: number(weight) for name, weight in weights.items()}
-
-
-def _all_none(values: list[Any]) -> bool:
-    return all(value is None for value in values)
-
-
-def _values_of(output: Any) -> Any:
-    """Something of the shape of an output's loss values: one per position."""
-    return ops.cast(output[..., 0] if len(output.shape) > 1 else output, "float32")
-
-
-def _valid_rows(valid: Any, rows: Any) -> Any:
-    """How much a batch counts: its rows, in the share of positions with a label."""
-    return rows * ops.mean(ops.cast(valid, "float32"))
-
-
-def _unscaled(value: Any, rows: Any = None) -> Any:
-    """A term as one device would log it for this replica's rows alone."""
-    share = current_share()
-    if share is None:
-        return value
-    total = share.total
-    if rows is None:
-        rows = share.rows
-    else:
-        total = share.all_reduce(rows)
-    return ops.divide_no_nan(value * total, rows)

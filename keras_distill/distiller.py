@@ -5,48 +5,28 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_distill.adapters import Regressor
 from keras_distill.base import RESERVED, BaseDistiller
 from keras_distill.comparing import agreement, apply_loss, positions
+from keras_distill.fitting import adapt, fit_link, resolved_link, taps_of, unique
 from keras_distill.heads import Head, find_heads, two_rows
 from keras_distill.links import (
     Link,
-    as_list,
     as_loss,
     call_model,
-    paths_of,
     run_with_taps,
     show_layers,
     symbolic_run,
 )
-from keras_distill.losses.base import (
-    PACKAGE,
-    DistillationLoss,
-    check_positive,
-    number,
-    reduce_values,
-)
+from keras_distill.losses.base import PACKAGE, DistillationLoss, check_positive, number
 from keras_distill.losses.response import SoftTarget
+from keras_distill.matching import Match, check_match, match_heads
 from keras_distill.teachers.base import Absent, Model, Teacher, as_teacher
-from keras_distill.weighting import by_output, current_rows, current_share, for_masked
-
-
-@dataclass(frozen=True)
-class Match:
-    """An output that both networks have."""
-
-    name: str
-    student: Head
-    teacher: Head
-    student_index: int
-    teacher_index: int
-    weight: float
+from keras_distill.weighting import by_output
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -195,53 +175,10 @@ class Distiller(BaseDistiller):
                 for name, output in zip(self._names, flat, strict=True)
             ]
             teachers = Teacher.heads(self.teacher)
-        by_name = {head.name: index for index, head in enumerate(teachers)}
-        if len(students) == len(teachers) == 1:
-            by_name = {students[0].name: 0}
-        matches = [
-            Match(
-                head.name,
-                head,
-                teachers[by_name[head.name]],
-                index,
-                by_name[head.name],
-                self.output_weights.get(head.name, 1.0),
-            )
-            for index, head in enumerate(students)
-            if head.name in by_name
-        ]
-        if not matches:
-            raise ValueError(
-                "Student and teacher have no output in common. Student: "
-                f"{self._names}, teacher: {self.teacher.names}."
-            )
+        matches = match_heads(students, teachers, self.output_weights)
         for match in matches:
-            self._check_match(match, logits)
+            check_match(match, self._soft_loss, logits)
         return matches
-
-    def _check_match(self, match: Match, logits: bool) -> None:
-        student, teacher = match.student, match.teacher
-        if logits and student.classes != teacher.classes:
-            raise ValueError(
-                f"The output {match.name!r} has {student.classes} classes in the "
-                f"student and {teacher.classes} in the teacher. Soft targets need the "
-                "same classes; with `soft_loss=None` and links they may differ."
-            )
-        if not _same_shape(student.shape[1:-1], teacher.shape[1:-1]) or (
-            not logits and not _same_shape(student.shape, teacher.shape)
-        ):
-            raise ValueError(
-                f"The output {match.name!r} has shape {student.shape} in the student "
-                f"and {teacher.shape} in the teacher."
-            )
-        loss = self._soft_loss
-        exact = student.exact and teacher.exact
-        if logits and not loss.shift_invariant and not exact:
-            raise ValueError(
-                f"{type(loss).__name__} needs real logits; the logarithm of "
-                "probabilities is shifted by an unknown constant in every row. "
-                "Use SoftTarget, or models that return logits."
-            )
 
     def _agreement_log(self, match: Match) -> str:
         return "agreement" if len(self._names) == 1 else f"{match.name}_agreement"
@@ -252,7 +189,9 @@ class Distiller(BaseDistiller):
         taken = set(self._names) | set(RESERVED)
         for link in links:
             if not isinstance(link, Link):
-                raise TypeError(f"`links` must hold kd.Link objects. Received: {link!r}")
+                raise TypeError(
+                    f"`links` must hold kd.Link objects. Received: {link!r}"
+                )
             if link.name in taken:
                 raise ValueError(
                     f"The link name {link.name!r} is taken (by another link, an output "
@@ -264,7 +203,7 @@ class Distiller(BaseDistiller):
                     f"{type(link.loss).__name__} needs no teacher, so it cannot be the "
                     f"loss of the link {link.name!r}."
                 )
-            resolved.append(self._resolved(link))
+            resolved.append(resolved_link(link, self.student, self.teacher))
         self._student_taps = unique(link.student_layer for link in resolved)
         self._teacher_taps = unique(link.teacher_layer for link in resolved)
         if resolved:
@@ -274,45 +213,11 @@ class Distiller(BaseDistiller):
             )
             teacher_specs = self.teacher.tap_specs(self._teacher_taps)
             for link in resolved:
-                self._fit_link(link, student_specs, teacher_specs)
+                fit_link(link, student_specs, teacher_specs)
                 self.add_term(link.name, link.weight)
         self.links = tuple(resolved)
         adapters = [a for li in resolved for a in (li.adapter, li.teacher_adapter) if a]
         self._adapters = adapters
-
-    def _resolved(self, link: Link) -> Link:
-        """A copy of the link with paths instead of layers."""
-        link = copy.copy(link)
-        link.student_layer = paths_of(self.student, link.student_layer, "student_layer")
-        link.teacher_layer = self.teacher.resolve(link.teacher_layer)
-        return link
-
-    def _fit_link(self, link: Link, students: Any, teachers: Any) -> None:
-        """Builds the adapters of a link and checks that its loss can be computed."""
-        student = _taps(link.student_layer, students)
-        teacher = _taps(link.teacher_layer, teachers)
-        shapes = _shapes(student), _shapes(teacher)
-        if link.teacher_adapter is not None:
-            teacher = _build_adapter(link.teacher_adapter, teacher, *reversed(shapes))
-        if link.adapter == "auto":
-            same = _same_shapes(student, teacher)
-            link.adapter = None if same else Regressor()
-        if link.adapter is not None:
-            student = _build_adapter(link.adapter, student, shapes[0], _shapes(teacher))
-        link.shapes = shapes
-        needs_labels = getattr(link.loss, "needs_labels", False)
-        if not isinstance(link.loss, DistillationLoss):
-            if not _same_shapes(student, teacher):
-                raise ValueError(
-                    f"The link {link.name!r} compares student features of shape "
-                    f"{_shapes(student)} with teacher features of shape "
-                    f"{_shapes(teacher)}. Give `adapter='auto'` or a layer."
-                )
-        elif not needs_labels:
-            try:
-                symbolic_run(link.loss, teacher, student)
-            except ValueError as error:
-                raise ValueError(f"The link {link.name!r}: {error}") from error
 
     # -- the terms ------------------------------------------------------------------
 
@@ -365,7 +270,10 @@ class Distiller(BaseDistiller):
         flat, flat_known = keras.tree.flatten(outputs), keras.tree.flatten(known)
         soft = []
         for match in self._matches:
-            student, teacher = flat[match.student_index], flat_known[match.teacher_index]
+            student, teacher = (
+                flat[match.student_index],
+                flat_known[match.teacher_index],
+            )
             if isinstance(self._soft_loss, DistillationLoss):
                 student = match.student.logits(student)
                 chosen = match.teacher.chosen(teacher)
@@ -386,8 +294,8 @@ class Distiller(BaseDistiller):
         if soft:
             terms["soft"] = sum(soft)
         for link in self.links:
-            teacher = _adapt(
-                link.teacher_adapter, _taps(link.teacher_layer, features), True
+            teacher = adapt(
+                link.teacher_adapter, taps_of(link.teacher_layer, features), True
             )
             terms[link.name] = apply_loss(
                 link.loss,
@@ -404,7 +312,7 @@ class Distiller(BaseDistiller):
         return {link.name: self._student_side(link, features) for link in self.links}
 
     def _student_side(self, link: Link, features: dict[str, Any]) -> Any:
-        return _adapt(link.adapter, _taps(link.student_layer, features), True)
+        return adapt(link.adapter, taps_of(link.student_layer, features), True)
 
     def _further_terms(
         self, x: Any, features: dict[str, Any], adapted: dict[str, Any], weight: Any
@@ -623,8 +531,8 @@ def _soft_loss(loss: Any, temperature: Any, beta: Any) -> Any:
     loss = copy.copy(as_loss(loss))
     if not getattr(loss, "needs_teacher", True):
         raise ValueError(
-            f"{type(loss).__name__} needs no teacher: use it with kd.TeacherFree, or as "
-            "the compiled loss."
+            f"{type(loss).__name__} needs no teacher: use it with kd.TeacherFree, "
+            "or as the compiled loss."
         )
     return loss
 
@@ -637,44 +545,3 @@ def _check_apart(student: keras.Model, teacher: Teacher) -> None:
             "Teacher and student share variables, so training the student would change "
             f"the teacher: {shared[:3]}. Clone one of them."
         )
-
-
-def unique(layers: Any) -> list[str]:
-    """Every path once, in the order of their first use."""
-    return list(dict.fromkeys(path for layer in layers for path in as_list(layer)))
-
-
-def _taps(layer: Any, features: dict[str, Any]) -> Any:
-    if isinstance(layer, (list, tuple)):
-        return [features[path] for path in layer]
-    return features[layer]
-
-
-def _shapes(taps: Any) -> Any:
-    if isinstance(taps, (list, tuple)):
-        return [tuple(tap.shape) for tap in taps]
-    return tuple(taps.shape)
-
-
-def _same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return len(one) == len(other) and all(
-        a == b or None in (a, b) for a, b in zip(one, other, strict=True)
-    )
-
-
-def _same_shapes(one: Any, other: Any) -> bool:
-    one, other = as_list(one), as_list(other)
-    return len(one) == len(other) and all(
-        _same_shape(a.shape, b.shape) for a, b in zip(one, other, strict=True)
-    )
-
-
-def _build_adapter(adapter: Any, taps: Any, own: Any, other: Any) -> Any:
-    """Tells an adapter the shapes, builds it, and returns what it makes of the taps."""
-    if hasattr(adapter, "match"):
-        adapter.match(own, other)
-    return _adapt(adapter, taps, False)
-
-
-def _adapt(adapter: Any, taps: Any, training: bool) -> Any:
-    return taps if adapter is None else call_model(adapter, taps, training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import keras
@@ -74,21 +75,55 @@ def _shuffles_without_seed(data: tf.data.Dataset) -> bool:
     return any(_shuffles_without_seed(source) for source in data._inputs())
 
 
-def share_seed(strategy: tf.distribute.Strategy) -> None:
-    """Gives all workers the chief's seed.
+def begin_together(strategy: tf.distribute.Strategy, variables: list[Any]) -> None:
+    """Gives all workers the chief's seed, if they begin with the same weights.
 
     Without a common one every worker shuffles in its own order, and of its own order
     reads only its own share: rows are read twice, and others never.
+
+    Raises:
+        ValueError: On every worker, if they have different versions or values.
     """
     if not several_workers(strategy):
         return
     seed = int(np.random.default_rng().integers(2**31)) if is_chief(strategy) else 0
+    versions = _digest([f"{keras.__version__} {tf.__version__}".encode()])
+    shapes = _digest([f"{tuple(v.shape)} {v.dtype}".encode() for v in variables])
+    seeds, *others = _from_all(strategy, [seed, versions, shapes]).T
+    _check_same("versions of Keras or TensorFlow", others[0])
+    _check_same("student or distiller", others[1])
+    values = _digest([np.asarray(v.numpy()).tobytes() for v in variables])
+    _check_same("values of the variables", _from_all(strategy, [values])[:, 0])
+    tf.random.set_seed(int(seeds.max()))
 
-    def summed() -> Any:
-        return all_reduce(tf.constant(seed, tf.int64))
 
-    total = strategy.run(tf.function(summed))
-    tf.random.set_seed(int(strategy.experimental_local_results(total)[0]))
+def _digest(parts: list[bytes]) -> int:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest()[:7], "little")
+
+
+def _from_all(strategy: tf.distribute.Strategy, numbers: list[int]) -> Any:
+    """The numbers that every replica's worker has: `(replicas, numbers)`."""
+
+    def placed() -> Any:
+        here = tf.distribute.get_replica_context().replica_id_in_sync_group
+        row = tf.one_hot(here, replicas(), dtype=tf.int64)
+        return all_reduce(row[:, None] * tf.constant(numbers, tf.int64))
+
+    found = strategy.run(tf.function(placed))
+    return strategy.experimental_local_results(found)[0].numpy()
+
+
+def _check_same(what: str, digests: Any) -> None:
+    others = [i for i, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ValueError(
+            f"The workers begin with different {what}: replicas {others} differ from "
+            "replica 0. Start all workers with the same packages, script, seed and "
+            "files."
+        )
 
 
 def all_reduce(value: Any) -> Any:
@@ -205,9 +240,7 @@ def apply(optimizer: Any, gradients: list[Any], variables: list[Any], ok: Any) -
 
     Keras's optimizer sums over the replicas itself, so it gets its R-th part.
     """
-    pairs = [
-        (g, v) for g, v in zip(gradients, variables, strict=True) if g is not None
-    ]
+    pairs = [(g, v) for g, v in zip(gradients, variables, strict=True) if g is not None]
     if not pairs:
         return
     count = replicas()

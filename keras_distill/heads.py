@@ -143,9 +143,9 @@ def _kind(name: str, output: Any, argument: str) -> str:
         return "attached"
     if sums_to_one:
         warnings.warn(
-            f"The output {name!r} gives probabilities without their logits; distillation "
-            "uses their logarithm, which is less exact. Return logits, or declare what "
-            f"the output is with `{argument}`.",
+            f"The output {name!r} gives probabilities without their logits; "
+            "distillation uses their logarithm, which is less exact. Return logits, or "
+            f"declare what the output is with `{argument}`.",
             stacklevel=2,
         )
         return "probabilities"

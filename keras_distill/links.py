@@ -151,6 +151,13 @@ def serialize_function(argument: str, fn: Any) -> Any:
     return keras.saving.serialize_keras_object(fn)
 
 
+def same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two static shapes are equal as far as they are known."""
+    return len(one) == len(other) and all(
+        a == b or None in (a, b) for a, b in zip(one, other, strict=True)
+    )
+
+
 def check_weight(name: str, weight: Any) -> None:
     """Raises ValueError unless `weight` is finite and at least 0."""
     if not 0 <= number(weight) < float("inf"):
@@ -234,8 +241,8 @@ def paths_of(model: keras.Layer, layers: Any, argument: str) -> Any:
         find_layer(model, item, argument)
         return item
 
-    return [path(i) for i in layers] if isinstance(layers, (list, tuple)) else path(
-        layers
+    return (
+        [path(i) for i in layers] if isinstance(layers, (list, tuple)) else path(layers)
     )
 
 

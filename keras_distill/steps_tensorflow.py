@@ -380,7 +380,7 @@ class Steps:
         self._note_one_weight(kwargs.get("sample_weight"))
         x = self._shared_data(x)
         validation_data = self._shared_data(validation_data)
-        distribute.share_seed(self.distribute_strategy)
+        distribute.begin_together(self.distribute_strategy, self.variables)
         counter = EpochCounter()
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(counter)

@@ -102,6 +102,19 @@ def for_masked(weight: Any, mask: Any) -> Any:
     return ratio if weight is None else ops.cast(weight, "float32") * ratio
 
 
+def unscaled(value: Any, rows: Any = None) -> Any:
+    """A term as one device would log it for this replica's rows alone."""
+    share = current_share()
+    if share is None:
+        return value
+    total = share.total
+    if rows is None:
+        rows = share.rows
+    else:
+        total = share.all_reduce(rows)
+    return ops.divide_no_nan(value * total, rows)
+
+
 def full(weight: Any, values: Any) -> Any:
     """Weights expanded to the shape of values.
 

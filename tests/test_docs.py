@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGES = [
     path
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("[!_]*/*.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
     if BLOCK.search(path.read_text())
 ]
 

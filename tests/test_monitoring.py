@@ -70,7 +70,7 @@ def test_calibration_error_is_that_of_a_calculation_by_hand(bins):
     y = generator.integers(0, 4, 200)
     found = calibration(p, y, bins)
     assert found.error == pytest.approx(by_hand(p, y, bins), rel=1e-9)
-    assert found.count.sum() == 200
+    assert found.rows.sum() == 200
 
 
 def test_the_bins_are_those_of_scikit_learn():
@@ -82,10 +82,10 @@ def test_the_bins_are_those_of_scikit_learn():
     y = (generator.uniform(size=300) > confidence).astype(int)
     found = calibration(p, y, 10)
     accuracy, mean = calibration_curve(y == 0, confidence, n_bins=10)
-    filled = found.count > 0
+    filled = found.rows > 0
     np.testing.assert_allclose(found.accuracy[filled], accuracy)
     np.testing.assert_allclose(found.confidence[filled], mean)
-    expected = np.sum(found.count[filled] * abs(accuracy - mean)) / 300
+    expected = np.sum(found.rows[filled] * abs(accuracy - mean)) / 300
     assert found.error == pytest.approx(expected)
 
 

@@ -83,7 +83,7 @@ def train(folder: Path, epochs: int, seconds: float) -> None:
         kd.callbacks.Backup(folder / "backup", save_freq=EVERY),
     ]
     data = kd.data.per_epoch(rows)
-    distiller.fit(data, epochs=epochs, callbacks=callbacks, verbose=0)
+    distiller.fit(data, epochs=epochs, callbacks=callbacks, shuffle=False, verbose=0)
     variables = [*distiller.variables, *distiller.optimizer.variables]
     np.savez(folder / "weights.npz", *[np.array(v.numpy()) for v in variables])
 

@@ -236,9 +236,9 @@ class DistillationBoard(keras.callbacks.Callback):
         traced = not model.run_eagerly
         self._logits_of = tf.function(logits_of) if traced else logits_of
         if self.baseline is not None:
-            self._measure_baseline()
+            self._measure(self.baseline)
         if self.attention is not None:
-            self._prepare_attention()
+            self._prepare_attention(*self.attention)
 
     def _batches(self) -> Any:
         """Batches of `(x, y)` with at most `rows` rows."""
@@ -274,8 +274,7 @@ class DistillationBoard(keras.callbacks.Callback):
             for parts in collected
         ]
 
-    def _measure_baseline(self) -> None:
-        baseline = self.baseline
+    def _measure(self, baseline: keras.Model) -> None:
         found = self._collect(
             lambda x: [v.of_student(baseline(x)) for v in self._views]
         )
@@ -284,8 +283,7 @@ class DistillationBoard(keras.callbacks.Callback):
                 raise ValueError("`baseline` needs labels in `validation_data`.")
             view.first = class_accuracies(values["student"], values["labels"])
 
-    def _prepare_attention(self) -> None:
-        student, teacher = self.attention
+    def _prepare_attention(self, student: Any, teacher: Any) -> None:
         self._paths = (
             paths_of(self.model.student, student, "attention"),
             self._used_teacher.resolve(teacher),

@@ -14,13 +14,13 @@ class Calibration(NamedTuple):
         error: The expected calibration error.
         confidence: Mean confidence per bin; NaN in an empty one.
         accuracy: Share of right rows per bin; NaN in an empty one.
-        count: Rows per bin.
+        rows: Rows per bin.
     """
 
     error: float
     confidence: np.ndarray
     accuracy: np.ndarray
-    count: np.ndarray
+    rows: np.ndarray
 
 
 def calibration(probabilities: Any, labels: Any, bins: int = 15) -> Calibration:

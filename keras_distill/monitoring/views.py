@@ -58,7 +58,7 @@ class View:
 
     def write(self, found: dict[str, np.ndarray], bins: int) -> None:
         """Writes the charts of this output to the current writer."""
-        log_p = {
+        log_p: dict[str, np.ndarray] = {
             name: _log_softmax(found[name])
             for name in ("student", "teacher")
             if name in found

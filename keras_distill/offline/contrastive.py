@@ -8,7 +8,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.distiller import Distiller, unique
+from keras_distill.distiller import Distiller
+from keras_distill.fitting import unique
 from keras_distill.inputs import INDEX, plain_inputs
 from keras_distill.links import paths_of
 from keras_distill.losses.base import PACKAGE

@@ -8,13 +8,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.base import BaseDistiller, Counted
+from keras_distill.base import BaseDistiller
 from keras_distill.graphs import Graph, Origin, clone
 from keras_distill.links import check_weight
 from keras_distill.losses.base import PACKAGE, check_positive, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.online.gated import GatedEnsemble, symbolic_inputs
 from keras_distill.weighting import for_masked
+from keras_distill.terms import Counted
 
 NEVER = -1.0  # the accuracy of a branch that was not validated yet
 

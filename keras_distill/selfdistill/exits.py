@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.base import BaseDistiller, Counted
+from keras_distill.base import BaseDistiller
 from keras_distill.graphs import Graph, Origin, clone
 from keras_distill.links import check_weight
 from keras_distill.losses.base import PACKAGE, check_positive, number
@@ -20,6 +20,7 @@ from keras_distill.selfdistill.multi_exit import (
     classifier,
 )
 from keras_distill.weighting import for_masked
+from keras_distill.terms import Counted
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

@@ -8,11 +8,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.base import BaseDistiller, Counted
+from keras_distill.base import BaseDistiller
 from keras_distill.heads import find_heads, two_rows
 from keras_distill.links import call_model
 from keras_distill.losses.base import PACKAGE, DistillationLoss, check_positive, number
 from keras_distill.losses.regularization import VirtualTeacher
+from keras_distill.terms import Counted
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

@@ -280,13 +280,16 @@ def _in_precision(model: keras.Model, dtype: Any) -> keras.Model:
     """A copy of a functional or sequential model that computes in another dtype."""
     policy = keras.dtype_policies.get(dtype)
     for layer in model._flatten_layers(include_self=True):
-        nested = isinstance(layer, keras.Model)
-        if nested and getattr(layer, "_functional", None) is None:
-            if not hasattr(layer, "_inputs_struct"):
-                raise ValueError(
-                    f"`dtype` needs a functional or sequential teacher: {layer.name!r} "
-                    "is a subclassed model, which cannot be copied."
-                )
+        is_graph = (
+            getattr(layer, "_functional", None) is not None
+            or hasattr(layer, "_inputs_struct")
+            or not isinstance(layer, keras.Model)
+        )
+        if not is_graph:
+            raise ValueError(
+                f"`dtype` needs a functional or sequential teacher: {layer.name!r} is a "
+                "subclassed model, which cannot be copied."
+            )
     config = _with_dtype(keras.saving.serialize_keras_object(model), policy)
     copy = keras.saving.deserialize_keras_object(config)
     for source, target in zip(model.variables, copy.variables, strict=True):

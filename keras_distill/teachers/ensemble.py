@@ -57,8 +57,7 @@ class Ensemble(Teacher):
             raise ValueError("An ensemble needs at least one model. Received none.")
         if combine not in ("arithmetic", "geometric"):
             raise ValueError(
-                "`combine` must be 'arithmetic' or 'geometric'. "
-                f"Received: {combine!r}"
+                f"`combine` must be 'arithmetic' or 'geometric'. Received: {combine!r}"
             )
         weights = [1.0] * len(models) if weights is None else list(weights)
         if len(weights) != len(models):

@@ -15,7 +15,8 @@ import keras_tuner
 import tensorflow as tf
 from keras_tuner.errors import FailedTrialError, FatalValueError
 
-from keras_distill.distiller import Distiller, unique
+from keras_distill.distiller import Distiller
+from keras_distill.fitting import unique
 from keras_distill.losses.base import number
 from keras_distill.teachers.base import as_teacher
 from keras_distill.teachers.cache import Cache
@@ -176,7 +177,7 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         given = dict(zip(("x", "y"), args, strict=False)) | kwargs
         if self.cache is not None:
             try:
-                given = self._with_cache(model, given)
+                given = self._with_cache(model, given, self.cache)
             except (TypeError, ValueError) as error:
                 raise FatalValueError(f"The teacher's cache: {error}") from error
         wanted = [
@@ -238,7 +239,9 @@ class DistillationHyperModel(keras_tuner.HyperModel):
 
     # -- the cache ------------------------------------------------------------------
 
-    def _with_cache(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def _with_cache(
+        self, model: Any, given: dict[str, Any], path: str | os.PathLike[str]
+    ) -> dict[str, Any]:
         """The same call of `fit` on data that carry the teacher's knowledge."""
         given = dict(given)
         if given.pop("validation_split", 0):
@@ -250,12 +253,11 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         shuffle = given.pop("shuffle", True)
         arrays = not isinstance(x, tf.data.Dataset)
         if arrays:
-            parts = (x, y) if weight is None else (x, y, weight)
-            parts = parts if y is not None else (x,)
-            x = tf.data.Dataset.from_tensor_slices(parts)
+            parts = [part for part in (x, y, weight) if part is not None]
+            x = tf.data.Dataset.from_tensor_slices(tuple(parts))
         taps = unique(link.teacher_layer for link in model.links)
         if self._opened is None:
-            self._opened = Cache.build(self.teacher, x, self.cache, taps=taps)
+            self._opened = Cache.build(self.teacher, x, path, taps=taps)
         model.teacher = self._opened
         attached = self._opened.attach(x)
         if arrays and shuffle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ from typing import Any
 class Choice:
     """One of several values.
 
+    Losses appear in the results under the names of their classes, numbered if there are
+    several of one class.
+
     Args:
         values: At least one number, or at least one string or loss.
 
     Raises:
-        ValueError: If there are no values, or two that look the same.
+        ValueError: If there are no values, or two equal ones.
 
     Example:
 
@@ -27,11 +31,22 @@ class Choice:
         self.values = list(values)
         if not self.values:
             raise ValueError("A Choice needs at least one value. Received: []")
-        self.labels = [_label(value) for value in self.values]
-        if len(set(self.labels)) < len(self.labels):
+        plain = [value for value in self.values if _plain(value)]
+        if len(set(plain)) < len(plain):
             raise ValueError(
-                f"The values of a Choice must differ. Received: {self.labels}"
+                f"The values of a Choice must differ. Received: {self.values}"
             )
+        self.labels: list[Any] = []
+        for value in self.values:
+            self.labels.append(value if _plain(value) else self._new_label(value))
+
+    def _new_label(self, value: Any) -> str:
+        """How keras-tuner writes an object down: the same in every process."""
+        name = getattr(value, "__name__", type(value).__name__)
+        taken = sum(
+            re.fullmatch(rf"{name}( \d+)?", str(t)) is not None for t in self.labels
+        )
+        return f"{name} {taken + 1}" if taken else name
 
     def __repr__(self) -> str:
         return f"Choice({self.values!r})"
@@ -108,8 +123,6 @@ class Numbers:
         return self.values[0]
 
 
-def _label(value: Any) -> Any:
-    """How keras-tuner writes a value down."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return getattr(value, "name", None) or getattr(value, "__name__", repr(value))
+def _plain(value: Any) -> bool:
+    """Whether keras-tuner can write a value down."""
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -80,7 +80,7 @@ def make(seed):
 
 
 def run(callbacks=()):
-    """Trains, counts, evaluates and predicts; returns weights and all else."""
+    """Trains, counts, evaluates and predicts; returns weights, all else, distiller."""
     keras.utils.set_random_seed(0)
     strategy = tf.distribute.get_strategy()
     if "TF_CONFIG" in os.environ:
@@ -110,7 +110,7 @@ def run(callbacks=()):
     ids.seen.clear()
     distiller.fit(x, y, batch_size=BATCH, verbose=0)
     found["arrays"] = list(ids.seen)
-    return weights, found
+    return weights, found, distiller
 
 
 def main():
@@ -121,7 +121,14 @@ def main():
         callbacks.append(kd.callbacks.Backup(here / "backup", save_freq=2))
         if index:
             callbacks.append(Die(int(sys.argv[2]), here / "died"))
-    weights, found = run(callbacks)
+    weights, found, distiller = run(callbacks)
+    if index:
+        distiller.student.trainable_variables[0].assign(np.ones((4, 4)))
+    x, y = numbered(ROWS)
+    try:
+        distiller.fit(x, y, batch_size=BATCH, verbose=0)
+    except ValueError as error:
+        found["refused"] = str(error)
     np.savez(here / f"weights-{index}.npz", *weights)
     (here / f"found-{index}.json").write_text(json.dumps(found))
 

@@ -25,7 +25,8 @@ def trained(teacher, digits):
         metrics=["accuracy"],
         run_eagerly=True,
     )
-    tiny.history(distiller, *digits, batch_size=32, epochs=6)
+    logs = tiny.history(distiller, *digits, batch_size=32, epochs=6)
+    assert logs["accuracy"][-1] > 0.5  # by the teacher's classifier
     return distiller
 
 
@@ -50,9 +51,7 @@ def test_the_deployed_model_is_plain_and_predicts_the_same(trained, digits, tmp_
     np.testing.assert_allclose(np.load(out), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_teachers_classifier_reads_the_students_features(trained, teacher, digits):
-    logs = trained.evaluate(*digits, verbose=0, return_dict=True)
-    assert logs["accuracy"] > 0.5
+def test_the_classifier_is_a_frozen_copy_of_the_teachers(trained, teacher):
     own = [v.numpy() for v in trained.classifier.variables[-2:]]
     np.testing.assert_array_equal(own[0], teacher.get_layer("logits").kernel.numpy())
     assert not trained.classifier.trainable_variables
