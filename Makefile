@@ -24,7 +24,7 @@ quickstart: .venv/.installed-examples
 	$(PYTHON) examples/quickstart.py $(ARGS)
 
 test: .venv/.installed-test
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.installed-test
 	$(PYTHON) -m ruff check .

@@ -75,7 +75,7 @@ if keras.backend.backend() == "tensorflow":
     ]
 else:
 
-    def __getattr__(name: str):
+    def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"keras_distill.{name} needs the TensorFlow backend; the current one is "
             f"{keras.backend.backend()!r}. Only keras_distill.losses runs on all."

@@ -131,7 +131,7 @@ class Backup(keras.callbacks.Callback):
     # -- saving ---------------------------------------------------------------------
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if self.save_freq == "epoch":
+        if isinstance(self.save_freq, str):  # "epoch"
             return
         done = batch + 1
         if done // self.save_freq > self._saved_batch // self.save_freq:

@@ -106,14 +106,14 @@ def _digest(parts: list[bytes]) -> int:
 
 def _from_all(strategy: tf.distribute.Strategy, numbers: list[int]) -> Any:
     """The numbers that every replica's worker has: `(replicas, numbers)`."""
-
-    def placed() -> Any:
-        here = tf.distribute.get_replica_context().replica_id_in_sync_group
-        row = tf.one_hot(here, replicas(), dtype=tf.int64)
-        return all_reduce(row[:, None] * tf.constant(numbers, tf.int64))
-
-    found = strategy.run(tf.function(placed))
+    found = strategy.run(_in_own_row, (tf.constant(numbers, tf.int64),))
     return strategy.experimental_local_results(found)[0].numpy()
+
+
+@tf.function
+def _in_own_row(numbers: Any) -> Any:
+    here = tf.distribute.get_replica_context().replica_id_in_sync_group
+    return all_reduce(tf.one_hot(here, replicas(), dtype=tf.int64)[:, None] * numbers)
 
 
 def _check_same(what: str, digests: Any) -> None:

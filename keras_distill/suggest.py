@@ -248,12 +248,13 @@ def _pairs(own: list[Tap], known: list[Tap]) -> list[tuple[Tap, Tap]]:
     if common and len(mine) > 1 and len(theirs) > 1:
         found = [(mine[grid], theirs[grid]) for grid in common]
         return sorted(found, key=lambda pair: pair[0].depth)
-    stages = _stages(own), _stages(known)
-    count = min(map(len, stages))
-    return [
-        tuple(taps[(i + 1) * len(taps) // count - 1] for taps in stages)
-        for i in range(count)
-    ]
+    own, known = _stages(own), _stages(known)
+    count = min(len(own), len(known))
+
+    def last(taps: list[Tap], part: int) -> Tap:
+        return taps[(part + 1) * len(taps) // count - 1]
+
+    return [(last(own, part), last(known, part)) for part in range(count)]
 
 
 def _stages(taps: list[Tap]) -> list[Tap]:

@@ -32,7 +32,6 @@ def softmax_student():
         (["sparse_categorical_crossentropy"], False),
         ({"probabilities": "sparse_categorical_crossentropy"}, False),
     ],
-    ids=str,
 )
 def test_losses_and_metrics_in_any_spelling(loss, one_hot):
     x, y = tiny.data(8)

@@ -285,3 +285,27 @@ def test_trials_with_an_own_folder_do_not_mix(tmp_path):
     trial = types.SimpleNamespace(trial=types.SimpleNamespace(trial_id="07"))
     board.with_companions([trial])
     assert board._folder() == str(tmp_path / "07")
+
+
+def test_every_output_has_its_charts(tmp_path):
+    def net(width):
+        inputs = keras.Input((tiny.FEATURES,))
+        hidden = keras.layers.Dense(width, "relu")(inputs)
+        outputs = {
+            name: keras.layers.Dense(classes, name=name)(hidden)
+            for name, classes in (("kind", 3), ("tone", 2))
+        }
+        return keras.Model(inputs, outputs)
+
+    x, kind = tiny.data(12)
+    y = {"kind": kind, "tone": kind % 2}
+    distiller = kd.Distiller(net(3), net(5))
+    tiny.compiled(distiller, loss={"kind": tiny.SPARSE, "tone": tiny.SPARSE})
+    board = DistillationBoard(tmp_path, (x, y))
+    distiller.fit(x, y, verbose=0, callbacks=[board])
+    values, _ = written(tmp_path / "distillation")
+    for name in ("kind", "tone"):
+        p = np.exp(log_softmax(np.asarray(distiller.student(x)[name], "float64")))
+        error = by_hand(p, y[name], 15)
+        assert values[f"ece/student/{name}"][0] == pytest.approx(error, rel=1e-4)
+        assert f"agreement/{name}" in values

@@ -18,11 +18,9 @@ def residual(width: int, stages: int = 3) -> keras.Model:
     x = inputs = keras.Input((8, 8, 1))
     for stage in range(stages):
         stride = 2 if stage else 1
-        convolve = dict(padding="same", use_bias=False)
-        short = keras.layers.Conv2D(width, 1, stride, name=f"short{stage}", **convolve)(
-            x
-        )
-        x = keras.layers.Conv2D(width, 3, stride, name=f"conv{stage}", **convolve)(x)
+        options = {"padding": "same", "use_bias": False}
+        short = keras.layers.Conv2D(width, 1, stride, **options)(x)
+        x = keras.layers.Conv2D(width, 3, stride, **options)(x)
         x = keras.layers.BatchNormalization(name=f"norm{stage}")(x)
         x = keras.layers.Add(name=f"add{stage}")([x, short])
         x = keras.layers.ReLU(name=f"block{stage}")(x)

@@ -133,6 +133,17 @@ def test_a_student_that_is_not_new_is_refused(tmp_path):
         model.build(keras_tuner.HyperParameters())
 
 
+def test_adapters_are_not_shared_by_trials():
+    link = kd.Link("hidden", "hidden", kd.losses.Hint(), adapter=keras.layers.Dense(12))
+    with pytest.raises(ValueError, match="All trials would share the adapter"):
+        hypermodel(links=[link])
+    made = [
+        hypermodel(links=[hint()]).build(keras_tuner.HyperParameters())
+        for _ in range(2)
+    ]
+    assert made[0].links[0].adapter is not made[1].links[0].adapter
+
+
 def test_losses_students_links_and_optimizers_may_depend_on_the_trial():
     def build(hp):
         return tiny.mlp(hp.Int("width", 3, 9))

@@ -115,8 +115,9 @@ def killed(folder: Path, train_on: Callable[[], None], kills: int, total: int) -
     journal, temporary = folder / "journal", folder / "backup.tmp"
     found: Counter[str] = Counter()
     for kill in range(kills):
-        # Some lines further: the journal counts batches that were repeated as well.
-        target = lines(journal) + EVERY + dice.randrange(max(total // kills, 1) + 1)
+        # Far enough that a backup was written since the start: its temporary file, left
+        # by the kill before, is gone.
+        target = lines(journal) + 2 * EVERY + dice.randrange(max(total // kills, 1) + 1)
         process = forked(train_on)
         while lines(journal) < target:
             if os.waitpid(process, os.WNOHANG)[0]:

@@ -97,7 +97,7 @@ class FlowDistiller(Staged):
         return self
 
     def get_config(self) -> dict[str, Any]:
-        layers = {}
+        layers: dict[str, str] = {}
         for hint in self.hints:
             own, other = hint.student_layer, hint.teacher_layer
             layers |= dict(zip(own, other, strict=True))

@@ -30,14 +30,14 @@ class PartTranslator(Translator):
     """A translator that sees the first or the second half of the channels.
 
     Args:
-        part: 0 or 1.
+        side: 0 or 1.
         target_shape: As in `Translator`.
         **kwargs: As in `Translator`.
     """
 
-    def __init__(self, part: int, target_shape: Any = None, **kwargs: Any) -> None:
+    def __init__(self, side: int, target_shape: Any = None, **kwargs: Any) -> None:
         super().__init__(target_shape, **kwargs)
-        self.part = part
+        self.side = side
 
     def check_map(self, student_shape: Any, teacher_shape: Any) -> None:
         super().check_map(student_shape, teacher_shape)
@@ -49,16 +49,16 @@ class PartTranslator(Translator):
 
     def build_parts(self, input_shape: Any) -> None:
         half = input_shape[-1] // 2
-        width = half if self.part == 0 else input_shape[-1] - half
+        width = half if self.side == 0 else input_shape[-1] - half
         super().build_parts((*input_shape[:-1], width))
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         half = inputs.shape[-1] // 2
-        x = inputs[..., :half] if self.part == 0 else inputs[..., half:]
+        x = inputs[..., :half] if self.side == 0 else inputs[..., half:]
         return super().call(x, training=training)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "part": self.part}
+        return {**super().get_config(), "side": self.side}
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

@@ -14,8 +14,8 @@ from keras_distill.links import check_weight
 from keras_distill.losses.base import PACKAGE, check_positive, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.online.gated import GatedEnsemble, symbolic_inputs
-from keras_distill.weighting import for_masked
 from keras_distill.terms import Counted
+from keras_distill.weighting import for_masked
 
 NEVER = -1.0  # the accuracy of a branch that was not validated yet
 

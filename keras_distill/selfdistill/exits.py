@@ -19,8 +19,8 @@ from keras_distill.selfdistill.multi_exit import (
     bottleneck,
     classifier,
 )
-from keras_distill.weighting import for_masked
 from keras_distill.terms import Counted
+from keras_distill.weighting import for_masked
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

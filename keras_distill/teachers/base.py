@@ -287,8 +287,8 @@ def _in_precision(model: keras.Model, dtype: Any) -> keras.Model:
         )
         if not is_graph:
             raise ValueError(
-                f"`dtype` needs a functional or sequential teacher: {layer.name!r} is a "
-                "subclassed model, which cannot be copied."
+                f"`dtype` needs a functional or sequential teacher: {layer.name!r} "
+                "is a subclassed model, which cannot be copied."
             )
     config = _with_dtype(keras.saving.serialize_keras_object(model), policy)
     copy = keras.saving.deserialize_keras_object(config)

@@ -110,6 +110,7 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         self.temperature = Numbers("temperature", temperature, 4.0, positive=True)
         self.alpha = Numbers("alpha", alpha, 0.1, positive=False)
         self.beta = Numbers("beta", beta, 0.9, positive=False)
+        _check_links(links)
         self.links = links
         choice = soft_loss if isinstance(soft_loss, Choice) else Choice([soft_loss])
         self._losses = dict(zip(choice.labels, choice.values, strict=True))
@@ -264,6 +265,17 @@ class DistillationHyperModel(keras_tuner.HyperModel):
             attached = attached.shuffle(int(x.cardinality()))
         batches = attached.batch(batch_size).prefetch(tf.data.AUTOTUNE)
         return given | {"x": batches, "shuffle": False}
+
+
+def _check_links(links: Any) -> None:
+    """Raises ValueError if trials would train the same adapter one after the other."""
+    for link in () if callable(links) else links:
+        for adapter in (link.adapter, link.teacher_adapter):
+            if isinstance(adapter, keras.Layer):
+                raise ValueError(
+                    f"All trials would share the adapter of {link!r}. Give `links` a "
+                    "function that makes new links."
+                )
 
 
 def _has_temperature(loss: Any) -> bool:
