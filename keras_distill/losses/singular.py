@@ -79,14 +79,16 @@ def by_powers(gram: Any, count: int) -> tuple[Any, None]:
     """
     vectors: list[Any] = []
     for _ in range(count):
-        power = _unit_trace(gram)
-        # Vectors that are equal up to rounding never part: hence a limit. (It is not
-        # `maximum_iterations`: XLA cannot compile that inside a condition.)
-        _, _, power = ops.while_loop(
-            lambda i, mixed, power: ops.logical_and(i < 20, ops.any(mixed > 1e-3)),
-            lambda i, mixed, power: (i + 1, *_fourth_power(power)),
-            (0, ops.ones_like(power[:, 0, 0]), power),
+        power = ops.stop_gradient(_unit_trace(gram))
+        # Vectors that are equal up to rounding never part: hence a limit.
+        _, power = ops.while_loop(
+            lambda mixed, power: ops.any(mixed > 1e-3),
+            lambda mixed, power: _fourth_power(power),
+            (ops.ones_like(power[:, 0, 0]), power),
+            maximum_iterations=20,
         )
+        # Without this XLA refuses the loop inside a condition that is differentiated.
+        power = ops.stop_gradient(power)
         strongest = _one_hot(
             ops.argmax(ops.diagonal(power, axis1=1, axis2=2), -1)[:, None], power
         )

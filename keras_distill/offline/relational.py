@@ -35,8 +35,8 @@ class RelationalDistiller(Preset):
     `distance` and `angle` (relational distillation), `similarity` (similarity
     preserving), `probabilistic` (probabilistic transfer) and `congruence` (correlation
     congruence, of embeddings scaled to length 1). A term of weight 0 is left out.
-    Embeddings may have different sizes, and classes need not be the same. Without labels and without a compiled loss the
-    terms alone train: metric learning.
+    Embeddings may have different sizes, and classes need not be the same. Without
+    labels and without a compiled loss the terms alone train: metric learning.
 
     Args:
         student: A built Keras model.
