@@ -19,30 +19,23 @@ docs/results/online_pilot.json: the same command goes on where a run was interru
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, os.fspath(Path(__file__).parents[1] / "benchmarks"))
-
 import keras
 import numpy as np
 import tensorflow as tf
-from measure import RESULTS, write
+from experiment import Experiment, means, parser, plot_gains
 from models import resnet
 
 import keras_distill as kd
 
 BATCH = 128
 METHODS = ("BAN", "ONE", "DML", "BYOT")  # BAN's first generation is the plain net
-PLAIN = "plain"
+PLAIN = "BAN: plain"
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -161,7 +154,11 @@ class Pilot:
         x, y = self._test
         logits = [m.predict(x, batch_size=500, verbose=0) for m in result.models]
         log_p = [keras.ops.convert_to_numpy(keras.ops.log_softmax(z)) for z in logits]
-        found = {PLAIN: logits[0], "generation 1": logits[1], "generation 2": logits[2]}
+        found = {
+            "plain": logits[0],
+            "generation 1": logits[1],
+            "generation 2": logits[2],
+        }
         found["ensemble of 2"] = np.logaddexp(*log_p[:2])
         found["ensemble of 3"] = np.logaddexp.reduce(log_p)
         return {k: float(np.mean(z.argmax(-1) == y)) for k, z in found.items()}
@@ -202,115 +199,56 @@ class Pilot:
         return {f"exit {i}": logs[f"exit_{i}_accuracy"] for i in range(3)}
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Means over the seeds, and the gain over the same seed's plain network."""
-    plain = {r["seed"]: r["accuracy"] for r in rows if r["model"] == PLAIN}
-    table = {}
-    for name in dict.fromkeys((r["method"], r["model"]) for r in rows):
-        own = [r for r in rows if (r["method"], r["model"]) == name]
-        gains = [
-            100 * (r["accuracy"] - plain[r["seed"]]) for r in own if r["seed"] in plain
-        ]
-        several = len(gains) > 1
-        spread = statistics.stdev(gains) / len(gains) ** 0.5 if several else None
-        table[" ".join(dict.fromkeys(name))] = {
-            "seeds": len(own),
-            "accuracy %": 100 * statistics.mean(r["accuracy"] for r in own),
-            "gain": statistics.mean(gains) if gains else None,
-            "standard error": spread,
-        }
-    return table
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Every model's gain over the plain network of its seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plain = {r["seed"]: r["accuracy"] for r in rows if r["model"] == PLAIN}
-    names = list(dict.fromkeys(f"{r['method']}: {r['model']}" for r in rows))
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(names) + 1), layout="tight")
-    for row in rows:
-        if row["seed"] in plain and row["model"] != PLAIN:
-            gain = 100 * (row["accuracy"] - plain[row["seed"]])
-            height = names.index(f"{row['method']}: {row['model']}")
-            axes.plot(gain, height, "o", color=f"C{row['seed'] % 10}", alpha=0.7)
-    axes.axvline(0, color="gray", lw=1)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("test accuracy, points above the plain network of the same seed")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main() -> None:
     """Runs what is missing in the result file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--smoke", action="store_true", help="a trial on noise")
-    parser.add_argument("--out", type=Path, help="the JSON file")
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs/online_pilot"),
-        help="folder for images and for what goes on after an interruption",
-    )
-    options = parser.parse_args()
-    out, folder = options.out or RESULTS / "online_pilot.json", options.runs
-    epochs, seeds = options.epochs, options.seeds
-    if options.smoke:
-        epochs, seeds, folder = 1, 1, folder / f"smoke_{os.getpid()}"
-        out = options.out or folder / "online_pilot.json"
+    options = parser(__doc__.splitlines()[0], "online_pilot", seeds=3)
+    options.add_argument("--epochs", type=int, default=100)
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    chosen = options.parse_args()
+    epochs, seeds = (1, 1) if chosen.smoke else (chosen.epochs, chosen.seeds)
+    if chosen.smoke:
         random = np.random.default_rng(0)
         train, test = (
             (random.random((n, 16, 16, 3), "float32"), random.integers(0, 10, n))
             for n in (64, 500)
         )
     else:
-        train, test = images(folder / "images.npz")
-    setting = {
-        "network": "ResNet-14, 16 wide",
-        "images": f"{len(train[1])} of 16 x 16 x 3",
-        "epochs": epochs,
-        "command": "python examples/reproduce/online_pilot.py "
-        f"--seeds {seeds} --epochs {epochs}",
-    }
-    rows: list[dict[str, Any]] = []
-    if out.exists():
-        stored = json.loads(out.read_text())
-        if stored["setting"]["epochs"] != epochs:
-            parser.error(f"{out} is of another run: {stored['setting']}")
-        rows = stored["runs"]
+        train, test = images(chosen.runs / "images.npz")
+    experiment = Experiment(
+        chosen,
+        "online_pilot",
+        "Learning without a teacher model, where a network over-fits",
+        {
+            "network": "ResNet-14, 16 wide",
+            "images": f"{len(train[1])} of 16 x 16 x 3",
+            "epochs": epochs,
+            "command": f"python examples/reproduce/online_pilot.py --epochs {epochs}",
+        },
+        lambda rows: means(rows, "accuracy %", PLAIN),
+    )
     for seed in range(seeds):
-        pilot = Pilot(train, test, seed, epochs, folder)
-        for method in options.methods:
-            if any((r["seed"], r["method"]) == (seed, method) for r in rows):
+        pilot = Pilot(train, test, seed, epochs, experiment.folder)
+        for method in chosen.methods:
+            if experiment.has(method, seed):
                 continue
             start = time.perf_counter()
             found = pilot.run(method)
-            seconds = time.perf_counter() - start
-            rows += [
-                {
-                    "seed": seed,
-                    "method": method,
-                    "model": model,
-                    "accuracy": accuracy,
-                    "seconds": round(seconds),
-                }
-                for model, accuracy in found.items()
-            ]
-            figures = ", ".join(f"{k} {100 * v:.2f} %" for k, v in found.items())
-            print(f"seed {seed}, {method} ({seconds:.0f} s): {figures}", flush=True)
-            temporary = out.with_name(f"{out.name}.tmp")
-            title = "Learning without a teacher model, where a network over-fits"
-            result = {"setting": setting, "summary": summary(rows), "runs": rows}
-            write(temporary, title, result)
-            os.replace(temporary, out)
-    plot(rows, out.with_suffix(".png"))
+            seconds = round(time.perf_counter() - start)
+            experiment.add(
+                method,
+                seed,
+                (
+                    {"model": model, "accuracy %": 100 * value, "seconds": seconds}
+                    for model, value in found.items()
+                ),
+            )
+    plot_gains(
+        experiment.rows,
+        "accuracy %",
+        PLAIN,
+        experiment.path.with_suffix(".png"),
+        "test accuracy, points above the plain network of the same seed",
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 import keras_distill as kd
 
 SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+ALPHA = 0.1  # of the relational distiller, whose terms are small here
 STAGES = {"relu1": "relu1", "relu2": "relu2", "relu3": "relu3"}
 NORMS = {"norm1": "norm1", "norm2": "norm2", "norm3": "norm3"}
 
@@ -53,7 +54,7 @@ KINDS = {
             similarity_weight=30.0,
             probabilistic_weight=300.0,
             congruence_weight=1.0,
-            alpha=0.1,
+            alpha=ALPHA,
         ),
         ["distance", "angle", "similarity", "probabilistic", "congruence"],
         3,

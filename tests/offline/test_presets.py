@@ -232,5 +232,5 @@ def test_further_links_and_options_pass_through(teacher):
 def test_without_being_asked_there_is_no_soft_term(kind, teacher):
     distiller = nets.make(kind, teacher)
     assert distiller.soft_loss is None
-    alpha = 0.0 if kind == "reused" else 1.0
-    assert float(distiller.alpha.numpy()) == alpha
+    alphas = {"reused": 0.0, "relational": nets.ALPHA}
+    assert float(distiller.alpha.numpy()) == pytest.approx(alphas.get(kind, 1.0))
