@@ -1,41 +1,81 @@
-"""Writes docs/results.md from the measurements in docs/results/*.json.
+"""Writes docs/results.md and the tables of docs/choosing.md from docs/results/*.json.
 
-Each file is one section: `title`, `machine`, and any nesting of tables. A dict of
-dicts, and a list of dicts, is a table; a dict of values is a table of two columns.
+Each file is one section: `title`, `setting`, `machine`, and any nesting of tables. A
+dict of dicts, and a list of dicts, is a table; a dict of values is a table of two
+columns. A file with a `summary` is a reproduction: its single `runs` stay in the file.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+SCRIPTS = HERE.parent / "examples"
 INTRODUCTION = """# Results
 
-Every figure on this page was measured by a script in `examples/benchmarks`, which
-wrote it to a file in `docs/results`; the page is made from these files.
+Every figure on this page was measured by a script, which wrote it to a file in
+`docs/results`; the page is made from these files. Each section names the command that
+repeats it.
+"""
+REPRODUCTIONS = """## Methods and papers
+
+What the papers claim, at a size that two processor cores can train. A difference is
+paired: both networks have the same seed; ± is half of its 95 % confidence interval. The
+files hold every single run.
+"""
+MEASUREMENTS = """## Time, memory and exactness
+
+What the library costs, and how near it is to official implementations.
 """
 
 
 def page(folder: Path) -> str:
     """The page in Markdown."""
-    sections = [
-        section(path.stem, json.loads(path.read_text()))
-        for path in sorted(folder.glob("*.json"))
-    ]
-    return "\n".join([INTRODUCTION, *sections])
+    found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    parts = {REPRODUCTIONS: [], MEASUREMENTS: []}
+    for name, result in found.items():
+        part = REPRODUCTIONS if "summary" in result else MEASUREMENTS
+        parts[part].append(section(name, result, (folder / f"{name}.png").exists()))
+    texts = [INTRODUCTION]
+    for heading, sections in parts.items():
+        texts += [heading, *sections] if sections else []
+    return "\n".join(texts)
 
 
-def section(name: str, result: Any) -> str:
+def section(name: str, result: dict[str, Any], plot: bool = False) -> str:
     """One file's figures."""
-    values = dict(result) if isinstance(result, dict) else {"results": result}
-    machine = values.pop("machine", None)
-    lines = [f"## {values.pop('title', name)}\n", *blocks(values)]
+    values = dict(result)
+    machine, setting = values.pop("machine", None), dict(values.pop("setting", {}))
+    lines = [f"### {values.pop('title', name)}\n"]
+    command = setting.pop("command", None) or default_command(name)
+    if command:
+        lines.append(f"```sh\n{command}\n```\n")
+    if setting:
+        lines.append(f"Setting: {sentence(setting)}.\n")
+    if "summary" in values:
+        del values["runs"]
+        values = {"": values.pop("summary"), **values}
+    lines += blocks(values)
+    if plot:
+        lines.append(f"![{name}](results/{name}.png)\n")
     if machine:
-        text = ", ".join(f"{key} {value}" for key, value in machine.items())
-        lines.append(f"Measured on: {text}.\n")
+        lines.append(f"Measured on: {sentence(machine)}.")
+    lines.append(f"All figures: {{download}}`{name}.json <results/{name}.json>`.\n")
     return "\n".join(lines)
+
+
+def default_command(name: str) -> str | None:
+    """The script of the same name."""
+    found = sorted(SCRIPTS.rglob(f"{name}.py"))
+    return f"python {found[0].relative_to(SCRIPTS.parent)}" if found else None
+
+
+def sentence(values: dict[str, Any]) -> str:
+    """The entries of a dict, one after the other."""
+    return "; ".join(f"{key} {text(value)}" for key, value in values.items())
 
 
 def blocks(values: dict[str, Any]) -> list[str]:
@@ -47,15 +87,13 @@ def blocks(values: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         if not is_nested(value):
             continue
-        result.append(f"**{name}**\n")
+        if name:
+            result.append(f"**{name}**\n")
         if isinstance(value, list):
             columns = list(dict.fromkeys(key for row in value for key in row))
             rows = [[row.get(key) for key in columns] for row in value]
             result.append(table(columns, rows))
-        elif all(
-            isinstance(row, dict) and not any(map(is_nested, row.values()))
-            for row in value.values()
-        ):
+        elif is_table(value):
             columns = list(dict.fromkeys(k for row in value.values() for k in row))
             rows = [[n, *map(row.get, columns)] for n, row in value.items()]
             result.append(table(["", *columns], rows))
@@ -68,6 +106,14 @@ def is_nested(value: Any) -> bool:
     """Whether a value needs a table of its own."""
     return isinstance(value, dict) or (
         isinstance(value, list) and any(isinstance(row, dict) for row in value)
+    )
+
+
+def is_table(value: Any) -> bool:
+    """Whether a value is a dict of rows."""
+    return isinstance(value, dict) and all(
+        isinstance(row, dict) and not any(map(is_nested, row.values()))
+        for row in value.values()
     )
 
 
@@ -88,5 +134,41 @@ def text(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
+# -- the tables of the guide ----------------------------------------------------------
+
+
+def fill(guide: str, folder: Path) -> str:
+    """The guide with its tables: one behind each `<!-- gains NAME -->`."""
+
+    def gains(match: re.Match[str]) -> str:
+        path = folder / f"{match[1]}.json"
+        made = verdicts(json.loads(path.read_text())) if path.exists() else ""
+        return f"<!-- gains {match[1]} -->\n\n{made}\n<!-- end -->"
+
+    pattern = r"<!-- gains (\w+) -->.*?<!-- end -->"
+    return re.sub(pattern, gains, guide, flags=re.DOTALL)
+
+
+def verdicts(result: dict[str, Any]) -> str:
+    """What each row of a reproduction gained, and whether that is more than noise."""
+    rows = []
+    for name, line in result["summary"].items():
+        gain, interval = line.get("difference"), line.get("± (95 %)")
+        if gain is None or interval is None:
+            continue
+        verdict = "not decided"
+        if abs(gain) > interval:
+            verdict = "better" if gain > 0 else "worse"
+        cost = line.get("times the plain step")
+        row = [name, f"{gain:+.2f}", f"± {interval:.2f}", verdict]
+        rows.append(row + ([f"{cost:.1f}"] if cost else []))
+    if not rows:
+        return ""
+    columns = ["", "difference", "95 %", "verdict", "cost of a step"]
+    return table(columns[: max(map(len, rows))], rows)
+
+
 if __name__ == "__main__":
     (HERE / "results.md").write_text(page(HERE / "results"))
+    guide = HERE / "choosing.md"
+    guide.write_text(fill(guide.read_text(), HERE / "results"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -53,6 +53,7 @@ class Task:
         test: The same, for the final figures.
         epochs: Of each training run.
         fit: Further arguments of `fit`.
+        seeds: For examples that repeat what they do: three, from the one given.
     """
 
     def __init__(self, chosen: argparse.Namespace) -> None:
@@ -63,14 +64,20 @@ class Task:
         self.validation, self.test = self.data.validation, self.data.test
         self.epochs = chosen.epochs or (2 if chosen.smoke else self.setting.epochs)
         self.fit = {"batch_size": self.setting.batch_size, "verbose": 0}
+        self.seeds = range(chosen.seed, chosen.seed + (1 if chosen.smoke else 3))
         print(
             f"{chosen.dataset}: {len(self.train[1])} training images, {self.epochs} "
             f"epochs; accuracy on {len(self.test[1])} test images.\n"
         )
 
-    def network(self, factor: float = 1.0, name: str | None = None) -> keras.Model:
+    def network(
+        self,
+        factor: float = 1.0,
+        name: str | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> keras.Model:
         """Convolutions, all but the first of which halve the image; gives logits."""
-        x = inputs = keras.Input(self.data.input_shape)
+        x = inputs = keras.Input(shape or self.data.input_shape)
         for i, width in enumerate(self.setting.widths):
             width = max(1, round(factor * width))
             x = layers.Conv2D(width, 3, 2 if i else 1, padding="same", use_bias=False)(
@@ -105,3 +112,10 @@ class Task:
     def show(self, title: str, model: keras.Model) -> None:
         """Prints a model's accuracy."""
         print(f"{title:<44} {100 * self.accuracy(model):5.1f} %", flush=True)
+
+
+def show_means(accuracies: Mapping[str, Sequence[float]]) -> None:
+    """Prints what each model reached with each seed, and the mean."""
+    for title, values in accuracies.items():
+        single = "  ".join(f"{100 * value:5.1f}" for value in values)
+        print(f"{title:<44} {100 * np.mean(values):5.1f} %   ({single})")

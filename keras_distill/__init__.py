@@ -26,6 +26,7 @@ if keras.backend.backend() == "tensorflow":
     from keras_distill.distiller import Distiller
     from keras_distill.explain import explain
     from keras_distill.links import Link
+    from keras_distill.losses.tempered import LearnedTemperature
     from keras_distill.offline import (
         ActivationBoundaryDistiller,
         AttentionDistiller,
@@ -49,7 +50,7 @@ if keras.backend.backend() == "tensorflow":
         raise AttributeError(f"module 'keras_distill' has no attribute {name!r}")
 
     __all__ += ["BaseDistiller", "Distiller", "Link", "explain"]
-    __all__ += ["ClipToMain", "suggest_links"]
+    __all__ += ["ClipToMain", "LearnedTemperature", "suggest_links"]
     __all__ += [
         "ActivationBoundaryDistiller",
         "AttentionDistiller",

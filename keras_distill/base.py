@@ -9,6 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_distill.compiling import Compiling
 from keras_distill.heads import output_names
 from keras_distill.inputs import plain_inputs, select_inputs
 from keras_distill.labelled import Labelled
@@ -22,6 +23,7 @@ from keras_distill.links import (
 )
 from keras_distill.logs import Logs
 from keras_distill.losses.base import PACKAGE, number, reduce_values
+from keras_distill.matching import weights_by_output
 from keras_distill.steps_tensorflow import Steps
 from keras_distill.tables import text_table
 from keras_distill.terms import Counted, TermWeights
@@ -38,7 +40,7 @@ RESERVED = ("loss", "hard", "soft", "agreement", "regularization", "skipped")
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class BaseDistiller(Labelled, Steps, keras.Model):
+class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
     """What every distiller shares: a `keras.Model` that trains by weighted terms.
 
     The total is `alpha * compiled loss + Σ weight * term + regularisation losses`. A
@@ -114,7 +116,7 @@ class BaseDistiller(Labelled, Steps, keras.Model):
             lambda x: call_model(student, x, False), student_spec
         )
         self._names = output_names(student, self._symbolic_outputs)
-        self.output_weights = _output_weights(output_weights, self._names)
+        self.output_weights = weights_by_output(output_weights, self._names)
         if alpha is not None:
             check_weight("alpha", alpha)
             self._terms.add("hard", alpha)
@@ -331,108 +333,6 @@ class BaseDistiller(Labelled, Steps, keras.Model):
     def call(self, x: Any, training: bool | None = None) -> Any:
         return self.run_student(x, bool(training))
 
-    def compile(
-        self,
-        optimizer: Any = "rmsprop",
-        loss: Any = None,
-        loss_weights: Any = None,
-        metrics: Any = None,
-        weighted_metrics: Any = None,
-        run_eagerly: bool = False,
-        steps_per_execution: int = 1,
-        jit_compile: Any = "auto",
-        auto_scale_loss: bool = True,
-        *,
-        check_finite: bool = False,
-        skip_nonfinite: bool = False,
-        log_gradient_share: int = 0,
-        gradient_policy: Any = None,
-        across_replicas: bool = False,
-    ) -> BaseDistiller:
-        """Prepares training, as `keras.Model.compile`, and returns the distiller.
-
-        Args:
-            optimizer: As in Keras.
-            loss: As in Keras; without a loss there is no hard term.
-            loss_weights: As in Keras.
-            metrics: As in Keras.
-            weighted_metrics: As in Keras.
-            run_eagerly: As in Keras.
-            steps_per_execution: As in Keras.
-            jit_compile: As in Keras: with `"auto"` XLA is off on CPU-only machines.
-            auto_scale_loss: Whether the loss is scaled when any layer that is trained
-                computes in float16.
-            check_finite: Whether NaN or infinity in the teacher's outputs is an error
-                that names the batch.
-            skip_nonfinite: Whether a batch with NaN or infinity in loss or gradients
-                changes nothing; the log `skipped` counts such batches.
-            log_gradient_share: Every so many steps log each weighted term's share of
-                the gradient norm over the student's weights; 0 for never.
-            gradient_policy: Function `(main, transfer, variables, epoch) -> gradients`
-                that combines the gradients of hard, soft and regularisation losses
-                (main) with those of the links (transfer), such as `ClipToMain()`.
-            across_replicas: Whether losses that compare rows do so over the global
-                batch instead of each replica's own.
-
-        Returns:
-            The distiller itself.
-
-        Raises:
-            ValueError: If an option does not fit the others or the strategy.
-        """
-        if log_gradient_share < 0:
-            raise ValueError(
-                "`log_gradient_share` must be a number of steps, 0 for never. "
-                f"Received: {log_gradient_share}"
-            )
-        optimizer = keras.optimizers.get(optimizer)
-        self._check_compile(optimizer, jit_compile, check_finite, across_replicas)
-        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        if auto_scale_loss and not scaled and computes_in_float16(self):
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        if skip_nonfinite and "skipped" not in self._logs:
-            self._logs.add("skipped")
-        self._options = {
-            "check_finite": check_finite,
-            "skip_nonfinite": skip_nonfinite,
-            "log_gradient_share": log_gradient_share,
-            "gradient_policy": gradient_policy,
-            "across_replicas": across_replicas,
-        }
-        self._jit_compile_argument = jit_compile
-        self._compiled_loss = loss
-        self._compile_loss: Any = None
-        self._compile_metrics: Any = None
-        super().compile(
-            optimizer=optimizer,
-            loss=loss,
-            loss_weights=loss_weights,
-            metrics=metrics,
-            weighted_metrics=weighted_metrics,
-            run_eagerly=run_eagerly,
-            steps_per_execution=steps_per_execution,
-            jit_compile=jit_compile,
-            auto_scale_loss=auto_scale_loss,
-        )
-        if log_gradient_share:
-            for term in self._terms:
-                if f"{term}_gradient_share" not in self._logs:
-                    self._logs.add(f"{term}_gradient_share")
-        if self.optimizer is not None and not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)
-        return self
-
-    def get_compile_config(self) -> dict[str, Any] | None:
-        config = super().get_compile_config()
-        if not config:
-            return config
-        # Keras stores what "auto" meant here; it may mean something else elsewhere.
-        config["jit_compile"] = self._jit_compile_argument
-        return config | keras.saving.serialize_keras_object(dict(self._options))
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        self.compile(**keras.saving.deserialize_keras_object(config))
-
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         logs = getattr(self, "_logs", None)
@@ -510,29 +410,3 @@ class BaseDistiller(Labelled, Steps, keras.Model):
                 for key, value in config.items()
             }
         )
-
-
-def computes_in_float16(layer: keras.Layer) -> bool:
-    """Whether any layer inside computes in float16: gradients then need a scale."""
-    layers = layer._flatten_layers(include_self=False)
-    return any(inner.compute_dtype == "float16" for inner in layers)
-
-
-def _output_weights(weights: Any, names: list[str]) -> dict[str, float]:
-    if weights is None:
-        return {}
-    if not isinstance(weights, dict):
-        if len(weights) != len(names):
-            raise ValueError(
-                f"`output_weights` must have one weight per output {names}. "
-                f"Received: {weights}"
-            )
-        weights = dict(zip(names, weights, strict=True))
-    unknown = set(weights) - set(names)
-    if unknown:
-        raise ValueError(
-            f"`output_weights` names {sorted(unknown)}; the outputs are {names}."
-        )
-    for name, weight in weights.items():
-        check_weight(f"output_weights[{name!r}]", weight)
-    return {name: number(weight) for name, weight in weights.items()}

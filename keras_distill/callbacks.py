@@ -13,7 +13,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distill.distribute import is_chief
+from keras_distill.distribute import (
+    assign_to_replicas,
+    is_chief,
+    values_of_replicas,
+)
 from keras_distill.links import as_list
 
 _MAGIC = b"keras_distill backup 1\n"
@@ -64,6 +68,7 @@ class Backup(keras.callbacks.Callback):
         self._saved_batch = 0
         self._finished = False
         self._resumed: dict[str, Any] | None = None
+        self._muted: list[tuple[Any, str, Any]] = []
 
     @property
     def previous(self) -> pathlib.Path:
@@ -82,7 +87,7 @@ class Backup(keras.callbacks.Callback):
         state = self._read()
         if state is None:
             return
-        self._restore(self._variables(), state["values"])
+        self._restore(state)
         for companion, saved in zip(self._companions, state["callbacks"], strict=False):
             if type(companion).__name__ == saved["class"]:
                 vars(companion).update(saved["state"])
@@ -98,7 +103,7 @@ class Backup(keras.callbacks.Callback):
         self._saved_batch = 0
         if self._resumed is not None and epoch == self._resumed["epoch"]:
             # Keras has just reset the metrics.
-            self._restore(self._variables(), self._resumed["values"])
+            self._restore(self._resumed)
             self._saved_batch = self._resumed["batch"]
             self._skip(self._resumed["batch"])
         self._resumed = None
@@ -121,12 +126,15 @@ class Backup(keras.callbacks.Callback):
         model.train_function = read
         for companion in self._companions:
             for hook in ("on_train_batch_begin", "on_train_batch_end"):
+                self._muted.append((companion, hook, vars(companion).get(hook)))
                 setattr(companion, hook, _from_batch(batches, getattr(companion, hook)))
 
     def _unmute(self) -> None:
-        for companion in self._companions:
-            for hook in ("on_train_batch_begin", "on_train_batch_end"):
-                vars(companion).pop(hook, None)
+        for companion, hook, own in self._muted:
+            delattr(companion, hook)
+            if own is not None:  # a LambdaCallback's
+                setattr(companion, hook, own)
+        self._muted = []
 
     # -- saving ---------------------------------------------------------------------
 
@@ -156,15 +164,29 @@ class Backup(keras.callbacks.Callback):
         found += [v for metric in model.metrics for v in metric.variables]
         return list({id(v): v for v in found}.values())
 
+    def _differing(self) -> list[Any]:
+        """What may have another value on each replica."""
+        model = self.model
+        if model.distribute_strategy.num_replicas_in_sync == 1:
+            return []
+        found = [v for metric in model.metrics for v in metric.variables]
+        found += model.non_trainable_variables
+        return list({id(v): v for v in found}.values())
+
     def _write(self, epoch: int, batch: int, finished: bool = False) -> None:
+        strategy = self.model.distribute_strategy
         values = [np.asarray(v.numpy()) for v in self._variables()]
-        if not is_chief(self.model.distribute_strategy):
+        differing = self._differing()
+        if differing:
+            values += values_of_replicas(strategy, differing)
+        if not is_chief(strategy):
             return
         header = {
             "epoch": epoch,
             "batch": batch,
             "finished": finished,
             "target": self.params["epochs"],
+            "replicas": strategy.num_replicas_in_sync,
             "values": [[list(v.shape), str(v.dtype)] for v in values],
             "callbacks": [
                 {"class": type(c).__name__, "state": _scalars(c)}
@@ -223,20 +245,25 @@ class Backup(keras.callbacks.Callback):
             )
         return None
 
-    def _restore(self, variables: list[Any], values: list[np.ndarray]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
+        variables, strategy = self._variables(), self.model.distribute_strategy
+        values = state["values"]
+        common, own = values[: len(variables)], values[len(variables) :]
         wanted = [
             (tuple(v.shape), keras.backend.standardize_dtype(v.dtype))
             for v in variables
         ]
-        found = [(value.shape, str(value.dtype)) for value in values]
+        found = [(value.shape, str(value.dtype)) for value in common]
         if wanted != found:
             raise ValueError(
                 f"The backup {str(self.path)!r} is of another run: it holds "
-                f"{len(found)} variables that do not fit this run's {len(wanted)}. "
+                f"{len(values)} variables that do not fit this run's {len(wanted)}. "
                 "Delete it to start anew."
             )
-        for variable, value in zip(variables, values, strict=True):
+        for variable, value in zip(variables, common, strict=True):
             variable.assign(value)
+        if own and state["replicas"] == strategy.num_replicas_in_sync:
+            assign_to_replicas(strategy, self._differing(), own)
 
 
 def _from_batch(first: int, hook: Any) -> Any:

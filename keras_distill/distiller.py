@@ -24,6 +24,7 @@ from keras_distill.links import (
 )
 from keras_distill.losses.base import PACKAGE, DistillationLoss, check_positive, number
 from keras_distill.losses.response import SoftTarget
+from keras_distill.losses.tempered import LearnedTemperature
 from keras_distill.matching import Match, check_match, match_heads
 from keras_distill.teachers.base import Absent, Model, Teacher, as_teacher
 from keras_distill.weighting import by_output
@@ -47,7 +48,8 @@ class Distiller(BaseDistiller):
         student: A built Keras model.
         teacher: A built Keras model, a list of them (an ensemble), or any
             `kd.teachers.Teacher`.
-        temperature: T of the soft loss, above 0; 4 for `"auto"`.
+        temperature: T of the soft loss, above 0, or a `kd.LearnedTemperature`; 4 for
+            `"auto"`.
         alpha: Weight of the compiled loss.
         beta: Weight of the soft loss, 0.9 by default.
         links: `kd.Link` objects: further places at which the networks are compared.
@@ -128,7 +130,7 @@ class Distiller(BaseDistiller):
     # -- what is compared -----------------------------------------------------------
 
     def _add_soft_term(self, soft_loss: Any, temperature: Any, beta: Any) -> None:
-        self._temperature = None
+        self._temperature: Any = None
         self._matches: list[Match] = []
         self._soft_loss = _soft_loss(soft_loss, temperature, beta)
         loss = self._soft_loss
@@ -143,7 +145,7 @@ class Distiller(BaseDistiller):
                 raise ValueError("`output_weights` has no effect without a soft loss.")
             return
         if hasattr(loss, "temperature"):
-            self._temperature = self._scalar("temperature", number(loss.temperature))
+            self._temperature = self._own_temperature(loss.temperature)
             loss.temperature = self._temperature
         self.add_term("soft", 0.9 if beta is None else beta)
         self._matches = self._match_outputs(compares_logits)
@@ -152,11 +154,34 @@ class Distiller(BaseDistiller):
             for match in self._matches:
                 self.add_log(self._agreement_log(match))
 
+    def _own_temperature(self, temperature: Any) -> Any:
+        """A variable of this distiller, or the layer that learns one."""
+        if not isinstance(temperature, LearnedTemperature):
+            return self._scalar("temperature", number(temperature))
+        if not temperature.built:
+            temperature.build()
+        self.add_log("temperature")
+        return temperature
+
+    @property
+    def _learns_temperature(self) -> bool:
+        return isinstance(self._temperature, LearnedTemperature)
+
+    def epoch_began(self, epoch: int, epochs: int) -> None:
+        super().epoch_began(epoch, epochs)
+        if self._learns_temperature:
+            self._temperature.epoch_began(epoch)
+
     def _check_teacher(self, teacher: Teacher) -> None:
         """Raises ValueError if the soft loss asks for what a teacher does not have."""
         teacher.check_loss(self._soft_loss)
-        has_one = self._temperature is not None
-        teacher.check_temperature(number(self._temperature) if has_one else 1.0)
+        if self._temperature is None:
+            teacher.check_temperature(1.0)
+        elif self._learns_temperature:
+            for value in self._temperature.reach:
+                teacher.check_temperature(value)
+        else:
+            teacher.check_temperature(number(self._temperature))
 
     def _match_outputs(self, logits: bool) -> list[Match]:
         flat = keras.tree.flatten(self._symbolic_outputs)
@@ -232,6 +257,8 @@ class Distiller(BaseDistiller):
                 f"outputs {list(sample_weight)}."
             )
         outputs, features = self.run_student(x, training, self._student_taps)
+        if self._learns_temperature:
+            self.log_metric("temperature", self._teacher_temperature)
         names = self.teacher_terms
         if not names:
             return outputs, {}
@@ -395,7 +422,7 @@ class Distiller(BaseDistiller):
 
     @property
     def temperature(self) -> Any:
-        """T of the soft loss, a variable."""
+        """T of the soft loss, a variable or the layer that learns it."""
         if self._temperature is None:
             raise AttributeError("This distiller's soft loss has no temperature.")
         return self._temperature

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -10,6 +15,16 @@ import numpy as np
 import tensorflow as tf
 
 from keras_distill.weighting import Share
+
+# The last release of Keras whose own `fit` was seen to fail with several workers
+# (keras#20585), and ours to work in its place.
+LAST_KERAS = (3, 15)
+# Where Keras's callbacks keep the place that they write to.
+_WRITERS = {
+    keras.callbacks.ModelCheckpoint: "filepath",
+    keras.callbacks.TensorBoard: "log_dir",
+    keras.callbacks.CSVLogger: "filename",
+}
 
 
 def replicas() -> int:
@@ -75,6 +90,46 @@ def _shuffles_without_seed(data: tf.data.Dataset) -> bool:
     return any(_shuffles_without_seed(source) for source in data._inputs())
 
 
+@contextlib.contextmanager
+def written_by_chief(
+    strategy: tf.distribute.Strategy, callbacks: Any
+) -> Iterator[None]:
+    """Lets Keras's callbacks of the other workers write where nobody looks.
+
+    They cannot be left out: what the chief saves may be a sum over all workers, in
+    which all must take part.
+    """
+    if is_chief(strategy):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        before = []
+        for callback in getattr(callbacks, "callbacks", callbacks):
+            for kind, name in _WRITERS.items():
+                if isinstance(callback, kind):
+                    place = os.fspath(getattr(callback, name))
+                    before.append((callback, name, place))
+                    own = os.path.join(folder, os.path.basename(place.rstrip("/")))
+                    setattr(callback, name, own)
+        try:
+            yield
+        finally:
+            for callback, name, place in before:
+                setattr(callback, name, place)
+
+
+def check_keras() -> None:
+    """Warns of a release that may do with several workers what nobody has tried."""
+    found = tuple(int(part) for part in keras.__version__.split(".")[:2])
+    if found > LAST_KERAS:
+        tried = ".".join(map(str, LAST_KERAS))
+        warnings.warn(
+            f"Training with several workers replaces parts of Keras's `fit` and was "
+            f"tried with Keras up to {tried}. This is {keras.__version__}.",
+            stacklevel=2,
+        )
+
+
 def begin_together(strategy: tf.distribute.Strategy, variables: list[Any]) -> None:
     """Gives all workers the chief's seed, if they begin with the same weights.
 
@@ -86,6 +141,7 @@ def begin_together(strategy: tf.distribute.Strategy, variables: list[Any]) -> No
     """
     if not several_workers(strategy):
         return
+    check_keras()
     seed = int(np.random.default_rng().integers(2**31)) if is_chief(strategy) else 0
     versions = _digest([f"{keras.__version__} {tf.__version__}".encode()])
     shapes = _digest([f"{tuple(v.shape)} {v.dtype}".encode() for v in variables])
@@ -95,6 +151,44 @@ def begin_together(strategy: tf.distribute.Strategy, variables: list[Any]) -> No
     values = _digest([np.asarray(v.numpy()).tobytes() for v in variables])
     _check_same("values of the variables", _from_all(strategy, [values])[:, 0])
     tf.random.set_seed(int(seeds.max()))
+
+
+def values_of_replicas(
+    strategy: tf.distribute.Strategy, variables: list[Any]
+) -> list[np.ndarray]:
+    """What each replica holds of variables: arrays `(replicas, ...)`, on all workers.
+
+    A plain read shows the first replica's: statistics of BatchNormalization that is
+    not synchronized differ, and so do the parts of a metric.
+    """
+
+    def gathered() -> Any:
+        here = tf.distribute.get_replica_context().replica_id_in_sync_group
+
+        def in_own_row(variable: Any) -> Any:
+            value = tf.convert_to_tensor(variable.value)[None]
+            if value.dtype.is_integer:  # collectives know no unsigned ones
+                value = tf.cast(value, tf.int64)
+            rows = [[here, replicas() - 1 - here]]
+            return tf.pad(value, rows + [[0, 0]] * (len(value.shape) - 1))
+
+        return all_reduce([in_own_row(variable) for variable in variables])
+
+    found = strategy.run(gathered)
+    return [strategy.experimental_local_results(rows)[0].numpy() for rows in found]
+
+
+def assign_to_replicas(
+    strategy: tf.distribute.Strategy, variables: list[Any], values: list[np.ndarray]
+) -> None:
+    """Gives each replica its row of the values: see `values_of_replicas`."""
+
+    def assign() -> None:
+        here = tf.distribute.get_replica_context().replica_id_in_sync_group
+        for variable, rows in zip(variables, values, strict=True):
+            variable.assign(tf.gather(rows, here))
+
+    strategy.run(assign)
 
 
 def _digest(parts: list[bytes]) -> int:
@@ -287,14 +381,38 @@ def check_strategy(strategy: tf.distribute.Strategy) -> None:
         )
 
 
-def check_batch_size(batch_size: Any, strategy: tf.distribute.Strategy) -> None:
-    """Raises ValueError for a global batch that leaves replicas without rows."""
+def check_batch_size(
+    batch_size: int | None, data: Any, strategy: tf.distribute.Strategy
+) -> None:
+    """Raises ValueError for a global batch that leaves replicas without rows.
+
+    Args:
+        batch_size: As `fit` got it.
+        data: As `fit` got it: the batches of a data set are looked at too.
+        strategy: With the replicas.
+    """
     count = strategy.num_replicas_in_sync
+    name = "batch_size"
+    if batch_size is None and isinstance(data, tf.data.Dataset):
+        batch_size, name = _rows_of_batches(data), "Dataset.batch"
     if batch_size is not None and batch_size < count:
         raise ValueError(
-            "`batch_size` is the global one, of all replicas together, and must give "
+            f"`{name}` is the global one, of all replicas together, and must give "
             f"each of the {count} a row. Received: {batch_size}"
         )
+
+
+def _rows_of_batches(data: tf.data.Dataset) -> int | None:
+    """How many rows `.batch` put together last; None where that cannot be seen."""
+    size = getattr(data, "_batch_size", None)
+    if size is not None:
+        size = tf.get_static_value(size)
+        return None if size is None else int(size)
+    others = ("Flat", "Interleave", "Unbatch", "Rebatch")
+    sources = data._inputs()
+    if len(sources) != 1 or any(other in type(data).__name__ for other in others):
+        return None
+    return _rows_of_batches(sources[0])
 
 
 def check_scope(student: Any) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_distill.heads import Head
-from keras_distill.links import same_shape
+from keras_distill.links import check_weight, same_shape
+from keras_distill.losses.base import number
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,28 @@ def check_match(match: Match, loss: Any, logits: bool) -> None:
             "probabilities is shifted by an unknown constant in every row. "
             "Use SoftTarget, or models that return logits."
         )
+
+
+def weights_by_output(weights: Any, names: list[str]) -> dict[str, float]:
+    """The argument `output_weights`, a dict or a list, as a dict by name.
+
+    Raises:
+        ValueError: If an output is unknown, or a weight is missing or negative.
+    """
+    if weights is None:
+        return {}
+    if not isinstance(weights, dict):
+        if len(weights) != len(names):
+            raise ValueError(
+                f"`output_weights` must have one weight per output {names}. "
+                f"Received: {weights}"
+            )
+        weights = dict(zip(names, weights, strict=True))
+    unknown = set(weights) - set(names)
+    if unknown:
+        raise ValueError(
+            f"`output_weights` names {sorted(unknown)}; the outputs are {names}."
+        )
+    for name, weight in weights.items():
+        check_weight(f"output_weights[{name!r}]", weight)
+    return {name: number(weight) for name, weight in weights.items()}

@@ -62,8 +62,27 @@ def test_the_page_of_results_is_made_from_json(tmp_path):
     )
     page = runpy.run_path(str(ROOT / "docs" / "results.py"))["page"](tmp_path)
     assert "## Speed" in page
-    assert "| batch | 64 |" in page
+    assert "Setting: batch 64." in page
     assert "| a | 1.235 | 2 |" in page
     assert "| b | 3 |  |" in page
     assert "| t |  |\n| s | 0.5 |" in page
     assert "Measured on: cores 2." in page
+
+
+def test_the_page_of_results_leaves_single_runs_in_the_file(tmp_path):
+    (tmp_path / "gain.json").write_text(
+        '{"title": "Gain", "setting": {"command": "python gain.py"},'
+        ' "summary": {"a": {"mean": 1.5, "difference": 0.5, "± (95 %)": 0.25}},'
+        ' "runs": [{"run": "secret", "seed": 0}]}'
+    )
+    (tmp_path / "gain.png").touch()
+    made = runpy.run_path(str(ROOT / "docs" / "results.py"))
+    page = made["page"](tmp_path)
+    assert "```sh\npython gain.py\n```" in page
+    assert "![gain](results/gain.png)" in page
+    assert "| a | 1.5 | 0.5 | 0.25 |" in page
+    assert "secret" not in page
+    guide = made["fill"]("x\n<!-- gains gain -->\nold\n<!-- end -->\ny", tmp_path)
+    assert "| a | +0.50 | ± 0.25 | better |" in guide
+    assert "old" not in guide
+    assert made["fill"](guide, tmp_path) == guide

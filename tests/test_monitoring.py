@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+import subprocess
+import sys
+import time
 import types
+import urllib.parse
+import urllib.request
 
 import keras
 import numpy as np
@@ -16,6 +23,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 import keras_distill as kd
 from keras_distill.monitoring import DistillationBoard, calibration
+from keras_distill.monitoring.clock import StepClock
 
 
 def written(folder):
@@ -30,6 +38,14 @@ def written(folder):
         ]
         values[tag] = dict(points)
     return values, events
+
+
+def hyperparameters(events):
+    """What the page HParams shows, by name."""
+    metadata = events.SummaryMetadata("_hparams_/session_start_info")
+    data = plugin_data_pb2.HParamsPluginData()
+    data.ParseFromString(metadata.plugin_data.content)
+    return data.session_start_info.hparams
 
 
 def fitted(board, x, y, epochs=2, distiller=None, callbacks=(), **compiled):
@@ -73,6 +89,16 @@ def test_calibration_error_is_that_of_a_calculation_by_hand(bins):
     assert found.rows.sum() == 200
 
 
+def test_calibration_tells_confidence_and_accuracy_of_every_bin():
+    p = [[0.9, 0.1], [0.7, 0.3], [0.65, 0.35], [0.5, 0.5]]
+    found = calibration(p, [0, 1, 0, 1], bins=4)
+    assert isinstance(found, kd.monitoring.Calibration)
+    np.testing.assert_array_equal(found.rows, [0, 1, 2, 1])
+    np.testing.assert_allclose(found.confidence, [np.nan, 0.5, 0.675, 0.9])
+    np.testing.assert_allclose(found.accuracy, [np.nan, 0.0, 0.5, 1.0])
+    assert found.error == pytest.approx((0.5 + 2 * 0.175 + 0.1) / 4)
+
+
 def test_the_bins_are_those_of_scikit_learn():
     from sklearn.calibration import calibration_curve
 
@@ -102,6 +128,7 @@ def test_every_chart_of_a_run_is_right(tmp_path):
     assert values["beta"][1] == pytest.approx(0.9)
     assert values["learning_rate"][1] == pytest.approx(0.1)
     assert values["steps_per_second"][1] > 0
+    assert 0 < values["teacher_time_share"][1] <= 1
     for term in ("hard", "soft"):
         share = values[f"gradient_share/{term}"][1]
         assert share == pytest.approx(logs[f"{term}_gradient_share"][1])
@@ -128,10 +155,7 @@ def test_every_chart_of_a_run_is_right(tmp_path):
     layout = layout_pb2.Layout()
     layout.ParseFromString(values["custom_scalars__config__"][0].item())
     assert [category.title for category in layout.category][:1] == ["Knowledge"]
-    metadata = events.SummaryMetadata("_hparams_/session_start_info")
-    data = plugin_data_pb2.HParamsPluginData()
-    data.ParseFromString(metadata.plugin_data.content)
-    shown = data.session_start_info.hparams
+    shown = hyperparameters(events)
     assert shown["seed"].number_value == 3
     assert shown["optimizer"].string_value == "SGD"
     assert shown["beta"].number_value == pytest.approx(0.9)
@@ -196,14 +220,56 @@ def test_gates_and_branches_of_one_are_shown(tmp_path):
     ]
     x, y = tiny.data(12)
     board = DistillationBoard(tmp_path, (x, y))
-    _, logs = fitted(board, x, y, epochs=1, distiller=kd.OneEnsemble(stem, branches))
+    one, logs = fitted(board, x, y, epochs=1, distiller=kd.OneEnsemble(stem, branches))
     values, _ = written(tmp_path / "distillation")
+    weights = np.asarray(one.gate(one.stem(x)))
     for index in range(2):
+        left, right, count = values[f"gates/branch_{index}"][0].T
+        assert count.sum() == len(x)
+        assert left[0] == pytest.approx(weights[:, index].min())
+        assert right[-1] == pytest.approx(weights[:, index].max())
         gate, accuracy = f"gate_{index}", f"branch_{index}_accuracy"
         assert values[f"gate/{gate}"][0] == pytest.approx(logs[gate][0])
         assert values[f"branch/{accuracy}"][0] == pytest.approx(logs[accuracy][0])
     assert "entropy/student" in values
     assert "entropy/teacher" not in values
+
+
+def test_the_clock_of_steps_leaves_the_first_one_out(monkeypatch):
+    now = iter([100.0, 130.0, 131.0, 134.0, 200.0, 208.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = StepClock()
+    for batch in (1, 3, 5):  # two steps in each execution
+        clock.tick(batch)
+    assert (clock.steps, clock.seconds) == (6, 1.0)
+    clock.begin()
+    clock.tick(3)
+    assert (clock.steps, clock.seconds) == (4, 2.0)
+
+
+def test_the_teacher_is_timed_on_the_rows_of_a_step(tmp_path):
+    class Slow(kd.teachers.Model):
+        def __call__(self, x, taps, temperature):
+            rows.append(len(x))
+            time.sleep(0.01)
+            return super().__call__(x, taps, temperature)
+
+    rows = []
+    x, y = tiny.data(24)
+    board = DistillationBoard(tmp_path, (x[:5], y[:5]))
+    stop = kd.schedules.StopTeacher(1)
+    fitted(
+        board,
+        x,
+        y,
+        distiller=tiny.distiller(known=Slow(tiny.teacher())),
+        callbacks=[stop],
+    )
+    values, _ = written(tmp_path / "distillation")
+    assert values["teacher_time_share"][0] > 0
+    assert values["teacher_time_share"][1] == 0
+    assert rows.count(12) == 2 + 4  # two steps; a first run and three that are timed
+    assert set(rows) == {5, 12}
 
 
 def test_the_folder_is_that_of_the_stock_callback(tmp_path):
@@ -245,14 +311,44 @@ def test_without_a_folder_it_says_so():
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(tmp_path):
-    (tmp_path / "file").touch()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "distillation").touch()
     seen = []
     note = keras.callbacks.LambdaCallback(
         on_train_batch_begin=lambda batch, logs: seen.append(batch)
     )
-    board = DistillationBoard(tmp_path / "file")
-    with pytest.raises(ValueError, match="`log_dir` cannot be written"):
+    board = DistillationBoard(tmp_path / "logs")
+    with pytest.raises(ValueError, match=r"distillation' cannot be written"):
         fitted(board, *tiny.data(), callbacks=[note])
+    assert not seen
+
+
+def test_a_log_dir_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`log_dir` cannot be written: .*file'"):
+        DistillationBoard(tmp_path / "file" / "logs")
+    DistillationBoard(tmp_path / "new" / "logs")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="may not be written to"):
+        DistillationBoard(tmp_path)
+
+
+def test_validation_data_that_cannot_be_used_fail_before_the_first_step(tmp_path):
+    seen = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(batch)
+    )
+    x, y = tiny.data(12)
+    empty = tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(0)
+    with pytest.raises(ValueError, match="`validation_data` has no rows"):
+        fitted(DistillationBoard(tmp_path, empty), x, y, callbacks=[note])
+    narrow = DistillationBoard(tmp_path, (x[:, :2], y))
+    with pytest.raises(ValueError, match="incompatible"):
+        fitted(narrow, x, y, callbacks=[note])
+    unlabelled = DistillationBoard(tmp_path, x, baseline=tiny.mlp())
+    with pytest.raises(ValueError, match="`baseline` needs labels"):
+        fitted(unlabelled, x, y, callbacks=[note])
     assert not seen
 
 
@@ -280,11 +376,18 @@ def test_a_cache_needs_the_live_teacher(tmp_path):
     assert values["entropy/teacher"][0] == pytest.approx(entropy, rel=1e-3, abs=1e-6)
 
 
-def test_trials_with_an_own_folder_do_not_mix(tmp_path):
-    board = DistillationBoard(tmp_path)
-    trial = types.SimpleNamespace(trial=types.SimpleNamespace(trial_id="07"))
-    board.with_companions([trial])
-    assert board._folder() == str(tmp_path / "07")
+def test_trials_with_an_own_folder_do_not_mix_and_show_what_was_searched(tmp_path):
+    class OfTrial(keras.callbacks.Callback):  # as keras-tuner's own
+        trial = types.SimpleNamespace(
+            trial_id="07", hyperparameters=types.SimpleNamespace(values={"units": 5})
+        )
+
+    x, y = tiny.data(12)
+    fitted(DistillationBoard(tmp_path), x, y, epochs=1, callbacks=[OfTrial()])
+    _, events = written(tmp_path / "07" / "distillation")
+    shown = hyperparameters(events)
+    assert shown["units"].number_value == 5
+    assert shown["beta"].number_value == pytest.approx(0.9)
 
 
 def test_every_output_has_its_charts(tmp_path):
@@ -309,3 +412,134 @@ def test_every_output_has_its_charts(tmp_path):
         error = by_hand(p, y[name], 15)
         assert values[f"ece/student/{name}"][0] == pytest.approx(error, rel=1e-4)
         assert f"agreement/{name}" in values
+
+
+class Served:
+    """A TensorBoard process, and what it answers."""
+
+    def __init__(self, folder):
+        command = [sys.executable, "-m", "tensorboard.main", "--port=0"]
+        # What --load_fast would start instead need not be installed.
+        command += [f"--logdir={folder}", "--load_fast=false"]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self):
+        for line in self.process.stderr:
+            found = re.search(r"http://\S+", line)
+            if found:
+                self.address = found[0].rstrip("/")
+                return self
+        raise RuntimeError("TensorBoard did not start.")
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        self.process.communicate(timeout=30)
+
+    def bytes_of(self, path, body=None, **query):
+        url = f"{self.address}/data/plugin/{path}?{urllib.parse.urlencode(query)}"
+        body = None if body is None else json.dumps(body).encode()
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, body, kind if body else {})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    def get(self, path, body=None, **query):
+        return json.loads(self.bytes_of(path, body, **query))
+
+    def wait_for(self, runs):
+        """Until it has read the folder: it begins to serve before."""
+        for _ in range(600):
+            if runs <= set(self.get("scalars/tags")):
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"There are no {runs}.")
+
+
+def test_tensorboard_serves_every_chart(tmp_path):
+    x, y = tiny.images(12)
+    stem = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()])
+    branches = [
+        keras.Sequential([keras.Input((192,)), keras.layers.Dense(tiny.CLASSES)])
+        for _ in range(2)
+    ]
+    link = kd.Link("block1", "block1", "mse", adapter="auto")
+    temperature = kd.LearnedTemperature()
+    known = tiny.cnn(8)
+    made = {
+        "soft": kd.Distiller(tiny.cnn(), known, temperature=temperature, links=[link]),
+        "one": kd.OneEnsemble(stem, branches),
+    }
+    for name, distiller in made.items():
+        attention = ("block1", "block2") if name == "soft" else None
+        board = DistillationBoard(validation_data=(x, y), attention=attention)
+        stock = keras.callbacks.TensorBoard(tmp_path / name, write_graph=False)
+        tiny.compiled(distiller, metrics=["accuracy"], log_gradient_share=1)
+        distiller.fit(
+            x, y, validation_data=(x, y), epochs=2, verbose=0, callbacks=[stock, board]
+        )
+    soft, one = (f"{name}/distillation" for name in made)
+
+    with Served(tmp_path) as served:
+        served.wait_for({soft, one, "soft/train", "soft/validation"})
+        scalars = {run: set(tags) for run, tags in served.get("scalars/tags").items()}
+        images = {run: set(tags) for run, tags in served.get("images/tags").items()}
+        histograms = served.get("histograms/tags")
+        page = served.get("custom_scalars/layout")
+        points = served.get("scalars/scalars", run=soft, tag="temperature")
+        gates = served.get("histograms/histograms", run=one, tag="gates/branch_0")
+        shown = served.get("images/images", run=soft, tag="attention", sample=0)
+        blob = urllib.parse.parse_qs(shown[-1]["query"])["blob_key"][0]
+        png = served.bytes_of("images/individualImage", blob_key=blob)
+        hparams = served.get("hparams/experiment", {"experimentName": ""})
+        wanted = {
+            "experimentName": "",
+            "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"],
+            "colParams": [
+                {"metric": metric["name"]} for metric in hparams["metricInfos"]
+            ],
+            "startIndex": 0,
+            "sliceSize": 10,
+        }
+        sessions = served.get("hparams/session_groups", wanted)["sessionGroups"]
+
+    settings = {"temperature", "alpha", "beta", "weight/block1", "learning_rate"}
+    knowledge = {
+        f"{kind}/{who}" for kind in ("entropy", "ece") for who in ("student", "teacher")
+    }
+    gains = {f"class_gain/{c}" for c in range(3)}
+    shares = {f"gradient_share/{term}" for term in ("hard", "soft", "block1")}
+    time_tags = {"steps_per_second", "teacher_time_share"}
+    expected = settings | knowledge | gains | shares | time_tags
+    assert expected | {"agreement", "kl", "result/val_accuracy"} <= scalars[soft]
+    assert {f"gate/gate_{i}" for i in range(2)} <= scalars[one]
+    assert {f"branch/branch_{i}_accuracy" for i in range(2)} <= scalars[one]
+    assert "branch/ensemble_accuracy" in scalars[one]
+    assert {f"gates/branch_{i}" for i in range(2)} <= set(histograms[one])
+    assert images[soft] >= {"attention", "reliability"}
+    for run in ("soft/train", "soft/validation"):  # one chart: the same tags
+        assert {"epoch_loss", "epoch_hard_loss", "epoch_accuracy"} <= scalars[run]
+    assert "epoch_temperature" in scalars["soft/train"]
+
+    assert [step for _, step, _ in points] == [0, 1]
+    last = made["soft"].temperature.numpy()
+    assert points[-1][2] == pytest.approx(last, rel=1e-6)
+    assert len(gates) == 2
+    assert tf.io.decode_png(png).shape[-1] == 3
+    assert {p["name"] for p in hparams["hparamInfos"]} >= {"alpha", "beta", "optimizer"}
+    metrics = [m["name"] for m in hparams["metricInfos"]]
+    assert "result/val_accuracy" in {m["tag"] for m in metrics}
+    found = [s["hparams"] for s in sessions]
+    assert any(h.get("beta") == pytest.approx(0.9) for h in found)
+
+    # All on one page: every scalar of the board is in a chart of the layout.
+    patterns = [
+        tag
+        for category in page["category"]
+        for chart in category["chart"]
+        for tag in chart["multiline"]["tag"]
+    ]
+    for tag in scalars[soft] | scalars[one]:
+        if not tag.startswith("result/") or tag == "result/val_hard_loss":
+            assert any(re.search(pattern, tag) for pattern in patterns), tag

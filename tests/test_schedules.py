@@ -74,6 +74,45 @@ def test_values_of_epochs_and_steps_without_retracing(distiller):
     assert len(traces) == 1
 
 
+class Killed(BaseException):
+    """Ends a run where it stands: `fit` must not catch it."""
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_killed_run_goes_on_with_the_values_it_would_have_had(learned, tmp_path):
+    x, y = tiny.data(12)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+
+    def run(path, kill_after=None):
+        keras.utils.set_random_seed(0)
+        temperature = kd.LearnedTemperature(initial=4.0, ramp_up=3) if learned else 2.0
+        made = tiny.compiled(tiny.distiller(temperature=temperature))
+        watch = Watch(lambda d: d.beta)
+        callbacks = [Schedule("beta", lambda step: 1 / (1 + step), every="step"), watch]
+        if not learned:
+            callbacks.append(Schedule("temperature", linear(8.0, 2.0, over=2)))
+        if kill_after is not None:
+
+            def kill(batch, logs):
+                if len(watch.values) == kill_after:
+                    raise Killed
+
+            callbacks.append(keras.callbacks.LambdaCallback(on_train_batch_end=kill))
+        callbacks.append(kd.callbacks.Backup(path, save_freq=2))
+        try:
+            made.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=callbacks)
+        except Killed:
+            assert kill_after is not None
+        return made, watch.values
+
+    whole, expected = run(tmp_path / "whole")
+    run(tmp_path / "backup", kill_after=6)  # the last backup is two batches back
+    resumed, values = run(tmp_path / "backup")
+    assert values == expected[5:]
+    assert resumed.temperature.numpy() == whole.temperature.numpy()
+    assert tiny.same(tiny.values(resumed.weights), tiny.values(whole.weights))
+
+
 def test_a_link_is_scheduled_by_its_name():
     link = kd.Link("hidden", "hidden", "mse", adapter="auto")
     made = kd.Distiller(tiny.mlp(4), tiny.teacher(), links=[link])

@@ -40,6 +40,8 @@ SIGNATURES = {
     "output_weights=None, unlabelled=-1, save_teacher=False, name=None",
     "Link": "student_layer, teacher_layer, loss, *, weight=1.0, adapter=None, "
     "teacher_adapter=None, name=None",
+    "LearnedTemperature": "low=1.0, high=21.0, *, initial=None, strength=1.0, "
+    "ramp_up=10, name=None",
     "ClipToMain": "",
     "explain": "distiller, batch",
     "suggest_links": "student, teacher, loss, *, weight=1.0, adapter='auto'",
@@ -76,6 +78,9 @@ SIGNATURES = {
     "teachers.Model": "model, *, inputs=None, from_logits=None, dtype=None",
     "teachers.Teacher.__call__": "self, x, taps, temperature",
     "teachers.Ensemble": "models, combine='arithmetic', weights=None",
+    "teachers.Specialists": "generalist, specialists, classes, *, top=1",
+    "teachers.train_specialists": "generalist, build, data, num_specialists",
+    "teachers.correct_bias": "model, data, shares",
     "teachers.Cache.build": "teacher, dataset, path, *, taps=(), top_k=None, "
     "temperatures=(), dtype='float16', views=1, augment=None, batch_size=128, "
     "key='content', shard=None",
@@ -83,12 +88,16 @@ SIGNATURES = {
     "teachers.Cache.attach": "self, dataset",
     "teachers.Cache.verify": "self, teacher, dataset, rows=256",
     "teachers.Cache.join": "paths, path",
+    "teachers.select_transfer_set": "teacher, data, *, method='graph', "
+    "embedding=None, threshold=None",
+    "teachers.suggest_temperature": "teacher, data, perplexity=2.0, *, plot=None",
     # Around training
     "schedules.Schedule": "name, values, *, every='epoch'",
     "schedules.StopTeacher": "epoch",
     "data.per_epoch": "make_dataset, seed=0",
     "callbacks.Backup": "path, save_freq='epoch'",
     "report.compare": "models, data",
+    "monitoring.DistillationBoard": "log_dir=None, validation_data=None",
     # Losses
     "losses.SoftTarget": "temperature=4.0, scale_by_temperature=True, divergence='kl', "
     "standardize=False",
@@ -132,6 +141,7 @@ METHODS = {
     "BeYourOwnTeacher": ["from_model", "deploy", "predict"],
     "MutualLearning": ["networks", "optimizers"],
     "losses.DistillationLoss": ["needs_labels", "needs_teacher", "call"],
+    "teachers.Selection": ["filter", "report"],
     "teachers.Teacher": ["resolve", "tap_specs", "heads", "fingerprint", "variables"],
 }
 # Results that users reach by an attribute, and do not name.

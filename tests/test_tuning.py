@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import subprocess
 import sys
 
@@ -305,6 +306,49 @@ def test_with_tensorboard_every_trial_has_its_folder(tmp_path):
     for trial in "01":
         folder = tmp_path / "logs" / trial / "execution0" / "distillation"
         assert list(folder.glob("events.*"))
+
+
+# -- the folder ----------------------------------------------------------------------
+
+
+def test_a_search_goes_on_in_its_folder_and_nowhere_else(tmp_path):
+    def build(hp):
+        return tiny.mlp(hp.Int("width", 3, 4))
+
+    space = {"build": build, "alpha": 0.5, "beta": (0.1, 1)}
+    search(hypermodel(**space), tmp_path, max_trials=1)
+    tuner = search(hypermodel(**space), tmp_path, max_trials=2)
+    assert len(tuning.results(tuner)) == 2
+    note = tmp_path / "search" / "distillation.json"
+    assert [path.name for path in note.parent.glob("distillation*")] == [note.name]
+
+    def refused(message, objective=None, **changed):
+        changed = hypermodel(**space | changed)
+        folder = tmp_path / "copy"
+        shutil.copytree(tmp_path / "search", folder / "search")
+        # A finished search asks for no trial: then the results are refused.
+        finished = search(changed, folder, max_trials=2, objective=objective)
+        for ask in (tuning.results, tuning.best_distiller):
+            with pytest.raises(ValueError, match=message):
+                ask(finished)
+        with pytest.raises(FatalError, match=message):
+            search(changed, folder, max_trials=3, objective=objective)
+        shutil.rmtree(folder)
+
+    refused("another search: another teacher. Give", known=tiny.teacher(5))
+    refused("another space, alpha. Give", alpha=(0.5, 1))
+    refused("another alpha. Give", alpha=0.25)
+    refused("another space. Give", build=lambda hp: tiny.mlp(hp.Int("width", 2, 4)))
+    refused("another objective. Give", tuning.objective("val_accuracy"))
+    note.unlink()  # as a search without a teacher leaves it
+    refused("another hypermodel. Give")
+
+
+def test_a_cache_that_cannot_be_written_ends_the_search(tmp_path):
+    (tmp_path / "file").touch()
+    model = hypermodel(cache=tmp_path / "file" / "cache")
+    with pytest.raises(FatalError, match="The teacher's cache: .*file/cache"):
+        search(model, tmp_path)
 
 
 # -- the objective -------------------------------------------------------------------

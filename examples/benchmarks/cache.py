@@ -1,22 +1,20 @@
 """What a cached teacher saves, and what it costs to build and to keep.
 
 Three training steps in turn, each with its own input pipeline: the student alone, the
-student with a cached teacher, the student with the live teacher. Then the size of a row
-and the rows per second of building and of reading, and a simulation of a large set, in
-which memory must stay flat. Written to docs/results/cache.json.
+student with a cached teacher, the student with the live teacher; and the rows per
+second of building the cache. Written to docs/results/cache.json. (`cache_scale.py`
+measures what large caches take.)
 
     python examples/benchmarks/cache.py [--smoke] [--rounds 40]
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,115 +94,17 @@ def steps(size: dict[str, Any], directory: Path) -> dict[str, Any]:
     }
 
 
-class Imagined(kd.teachers.Teacher):
-    """A teacher that costs little: as many classes as wanted, from a few numbers."""
-
-    def __init__(self, features: int, classes: int) -> None:
-        random = np.random.default_rng(0)
-        self.kernel = tf.constant(random.normal(size=(features, classes)), "float32")
-        self.outputs = keras.KerasTensor((None, classes))
-        self.names = ["logits"]
-
-    def __call__(self, x: Any, taps: Any, temperature: Any) -> tuple[Any, dict]:
-        return x @ self.kernel, {}
-
-    def fingerprint(self) -> str:
-        return f"imagined {tuple(self.kernel.shape)}"
-
-    def tap_specs(self, taps: Any) -> dict[str, Any]:
-        return {}
-
-
-FEATURES = 16
-
-
-def imagined_rows(count: int) -> tf.data.Dataset:
-    """Rows made on the way, so that the data take no memory."""
-    block = 500
-
-    def rows(i: Any) -> Any:
-        seed = tf.stack([tf.cast(i, tf.int32), 0])
-        return tf.random.stateless_normal((block, FEATURES), seed)
-
-    blocks = tf.data.Dataset.range(count // block).map(rows)
-    return blocks.unbatch().apply(tf.data.experimental.assert_cardinality(count))
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[list[float]]:
-    """Samples of this process's own memory in MiB (mapped files do not count)."""
-    samples: list[float] = []
-    over = threading.Event()
-
-    def sample() -> None:
-        while not over.wait(0.2):
-            status = Path("/proc/self/status").read_text()
-            line = next(li for li in status.splitlines() if li.startswith("RssAnon"))
-            samples.append(int(line.split()[1]) / 1024)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        over.set()
-        thread.join()
-
-
-def simulation(
-    rows: int, classes: int, directory: Path, **options: Any
-) -> dict[str, Any]:
-    """Builds and reads a cache of many rows; memory and speed on the way."""
-    data = imagined_rows(rows)
-    with watched() as memory:
-        started = time.perf_counter()
-        cache = kd.teachers.Cache.build(
-            Imagined(FEATURES, classes), data, directory, batch_size=512, **options
-        )
-        built = time.perf_counter()
-        read = sum(1 for _ in cache.attach(data).batch(512))
-        done = time.perf_counter()
-        alone = sum(1 for _ in data.batch(512))
-        again = time.perf_counter()
-    assert read == alone == -(-rows // 512)
-    size = sum(file.stat().st_size for file in directory.iterdir())
-    early = max(memory[: max(len(memory) // 5, 1)], default=0.0)
-    return {
-        "rows": rows,
-        "classes": classes,
-        "options": " ".join(f"{name}={value}" for name, value in options.items()),
-        "bytes per row": size / rows,
-        "rows per second, building": rows / (built - started),
-        "rows per second, reading": rows / (done - built),
-        "microseconds per row, attach": 1e6 * (2 * done - built - again) / rows,
-        "MiB of memory, most in the first fifth": early,
-        "MiB of memory, most at all": max(memory, default=0.0),
-    }
-
-
 def main() -> None:
     """Measures and writes."""
     options = parser("What a cached teacher saves and costs.", "cache").parse_args()
     size = {"teacher": 40, "width": 2, "batch": 64, "rows": 2048}
     size["rounds"] = options.rounds or 40
-    many, some = 1_000_000, 100_000
     if options.smoke:
         size = {"teacher": 16, "width": 1, "batch": 8, "rows": 64}
         size["rounds"] = options.rounds or 2
-        many, some = 3_000, 1_000
     keras.utils.set_random_seed(0)
-    sparse = {"top_k": 20, "temperatures": (4.0,)}
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        result = steps(size, directory / "steps")
-        result["sizes"] = [
-            simulation(many, 1000, directory / "a", **sparse),
-            simulation(many, 1000, directory / "b", **sparse, key="position"),
-            simulation(some, 1000, directory / "c"),
-            simulation(
-                some, 18_000 // (100 if options.smoke else 1), directory / "d", **sparse
-            ),
-        ]
+        result = steps(size, Path(name))
     setting = {
         "teacher": f"WRN-{size['teacher']}-{size['width']}",
         "student": f"WRN-16-{size['width']}",
@@ -216,8 +116,6 @@ def main() -> None:
     for name, values in result["ratios"].items():
         bound = f"  to reach {values['to reach']}" if values["to reach"] else ""
         print(f"{name:<34} {values['wall']:8.3f}  {values['cpu']:8.3f} CPU{bound}")
-    for row in result["sizes"]:
-        print(row)
     default = (TRIALS if options.smoke else RESULTS) / "cache.json"
     title = "What a cached teacher saves and costs"
     write(options.out or default, title, {"setting": setting, **result})

@@ -99,6 +99,9 @@ class DistillationLoss(keras.losses.Loss):
         config = self.get_config()
         for key in ("name", "reduction", "dtype"):
             config.pop(key)
+        for key, value in config.items():
+            if isinstance(value, dict):  # an object, as it is stored
+                config[key] = getattr(self, key)
         arguments = ", ".join(f"{key}={value!r}" for key, value in config.items())
         return f"{type(self).__name__}({arguments})"
 

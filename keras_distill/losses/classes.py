@@ -17,10 +17,11 @@ from keras_distill.losses.base import (
 )
 from keras_distill.losses.batch import Rows, gram, safe_sqrt
 from keras_distill.losses.response import check_logits
+from keras_distill.losses.tempered import TemperedLoss
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class DIST(DistillationLoss):
+class DIST(TemperedLoss):
     r"""DIST: correlations in place of a divergence, along rows and along columns.
 
     With `P = softmax(logits / T)` of student and teacher and ρ Pearson's correlation
@@ -36,7 +37,8 @@ class DIST(DistillationLoss):
     Args:
         beta: Weight of the correlation over classes, at least 0.
         gamma: Weight of the correlation over the batch, at least 0.
-        temperature: T, above 0. May be a variable: changes take effect at once.
+        temperature: T, above 0. May be a variable: changes take effect at once;
+            or a `kd.LearnedTemperature`.
         reduction: As in `keras.losses.Loss`.
         name: Name of the loss.
         dtype: `"float32"` or `"float64"`.
@@ -70,18 +72,16 @@ class DIST(DistillationLoss):
         temperature: Any = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(temperature, **kwargs)
         check_weight("beta", beta)
         check_weight("gamma", gamma)
-        check_positive("temperature", temperature)
         self.beta = beta
         self.gamma = gamma
-        self.temperature = temperature
 
     def call(self, y_true: Any, y_pred: Any, rows: Any = None) -> Any:
         check_matrix(self, y_true, y_pred)
         batch = Rows(self, y_true, y_pred, rows)
-        temperature = ops.cast(self.temperature, self.dtype)
+        temperature = self.current_temperature()
         p = ops.softmax(batch.select(y_true) / temperature)
         q = ops.softmax(batch.select(y_pred) / temperature)
 
@@ -101,7 +101,6 @@ class DIST(DistillationLoss):
             **super().get_config(),
             "beta": self.beta,
             "gamma": self.gamma,
-            "temperature": number(self.temperature),
         }
 
 

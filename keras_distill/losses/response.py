@@ -10,16 +10,15 @@ from keras import ops
 from keras_distill.losses.base import (
     PACKAGE,
     DistillationLoss,
-    check_positive,
     check_same_shape,
     check_weight,
-    number,
 )
 from keras_distill.losses.labels import check_classes, pick, read_labels
+from keras_distill.losses.tempered import TemperedLoss
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class SoftTarget(DistillationLoss):
+class SoftTarget(TemperedLoss):
     r"""Soft targets: the temperature-scaled divergence of two sets of logits.
 
     With `p = softmax(teacher / T)` and `q = softmax(student / T)` each position gets
@@ -31,7 +30,8 @@ class SoftTarget(DistillationLoss):
     independent of the temperature. Sums run over classes, the mean over positions.
 
     Args:
-        temperature: T, above 0. May be a variable: changes take effect at once.
+        temperature: T, above 0. May be a variable: changes take effect at once;
+            or a `kd.LearnedTemperature`.
         scale_by_temperature: Whether to multiply by T².
         divergence: `"kl"` or `"cross_entropy"`.
         standardize: Whether each row of logits is first shifted to mean 0 and divided
@@ -68,21 +68,19 @@ class SoftTarget(DistillationLoss):
         standardize: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        check_positive("temperature", temperature)
+        super().__init__(temperature, **kwargs)
         if divergence not in ("kl", "cross_entropy"):
             raise ValueError(
                 "`divergence` must be 'kl' or 'cross_entropy'. "
                 f"Received: {divergence!r}"
             )
-        self.temperature = temperature
         self.scale_by_temperature = scale_by_temperature
         self.divergence = divergence
         self.standardize = standardize
 
     def call(self, y_true: Any, y_pred: Any, rows: Any = None) -> Any:
         check_logits(self, y_true, y_pred)
-        temperature = ops.cast(self.temperature, self.dtype)
+        temperature = self.current_temperature()
         if self.standardize:
             y_true, y_pred = standardize_logits(y_true), standardize_logits(y_pred)
         log_p = ops.log_softmax(y_true / temperature)
@@ -94,7 +92,6 @@ class SoftTarget(DistillationLoss):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "temperature": number(self.temperature),
             "scale_by_temperature": self.scale_by_temperature,
             "divergence": self.divergence,
             "standardize": self.standardize,
@@ -138,7 +135,7 @@ class LogitMSE(DistillationLoss):
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class DecoupledKD(DistillationLoss):
+class DecoupledKD(TemperedLoss):
     r"""Decoupled distillation: the label's probability, and the rest among itself.
 
     With label y, `b = (p_y, 1 - p_y)` and the softmax `r` over the classes other than
@@ -154,7 +151,8 @@ class DecoupledKD(DistillationLoss):
     Args:
         alpha: Weight of the label's part, at least 0.
         beta: Weight of the part of the other classes, at least 0.
-        temperature: T, above 0. May be a variable: changes take effect at once.
+        temperature: T, above 0. May be a variable: changes take effect at once;
+            or a `kd.LearnedTemperature`.
         reduction: As in `keras.losses.Loss`.
         name: Name of the loss.
         dtype: `"float32"` or `"float64"`.
@@ -189,13 +187,11 @@ class DecoupledKD(DistillationLoss):
         temperature: Any = 4.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        check_positive("temperature", temperature)
+        super().__init__(temperature, **kwargs)
         check_weight("alpha", alpha)
         check_weight("beta", beta)
         self.alpha = alpha
         self.beta = beta
-        self.temperature = temperature
 
     def call(self, y_true: Any, y_pred: Any, rows: Any = None) -> Any:
         if not isinstance(y_true, list | tuple) or len(y_true) != 2:
@@ -206,7 +202,7 @@ class DecoupledKD(DistillationLoss):
         teacher, labels = y_true
         check_logits(self, teacher, y_pred)
         target, known = read_labels(self, labels, y_pred)
-        temperature = ops.cast(self.temperature, self.dtype)
+        temperature = self.current_temperature()
         p = _Decoupled(teacher / temperature, target)
         q = _Decoupled(y_pred / temperature, target)
 
@@ -223,7 +219,6 @@ class DecoupledKD(DistillationLoss):
             **super().get_config(),
             "alpha": self.alpha,
             "beta": self.beta,
-            "temperature": number(self.temperature),
         }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import time
 from typing import Any
 
 import keras
@@ -13,9 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_distill.base import BaseDistiller
-from keras_distill.distribute import is_chief
+from keras_distill.distribute import is_chief, several_workers
 from keras_distill.links import paths_of
 from keras_distill.losses.base import number
+from keras_distill.monitoring.clock import StepClock, TeacherClock
 from keras_distill.monitoring.figures import attention_figure
 from keras_distill.monitoring.layout import write_layout
 from keras_distill.monitoring.views import (
@@ -34,13 +34,15 @@ class DistillationBoard(keras.callbacks.Callback):
     """Writes what a distiller is learning for TensorBoard, after every epoch.
 
     Always: temperature, alpha, beta, the weights of the terms, the learning rate, steps
-    per second; the gradient's shares with `compile(log_gradient_share=...)`; gates and
-    accuracies of the branches of `kd.OneEnsemble`.
+    per second; the gradient's shares with `compile(log_gradient_share=...)`; mean gates
+    and accuracies of the branches of `kd.OneEnsemble`.
 
     With validation data: entropy of student and teacher (at T = 1), agreement, the
     Kullback-Leibler divergence from the teacher (at T = 1), the expected calibration
     error and a reliability diagram, and per class what accuracy has been gained. The
-    teacher's charts need a distiller whose soft loss compares logits.
+    teacher's charts need a distiller whose soft loss compares logits. Also histograms
+    of the gates, and the share of a step's time that the teacher takes: its own time
+    for as many rows, measured alone (not with several workers).
 
     All are on one page under "custom scalars", and the run is one under "hparams". Use
     it beside `keras.callbacks.TensorBoard`, which writes the logs themselves.
@@ -61,9 +63,10 @@ class DistillationBoard(keras.callbacks.Callback):
         hparams: Further values for the page of hyperparameters.
 
     Raises:
-        ValueError: If an argument needs `validation_data` and there are none; when
-            training begins, if there is no folder or it cannot be written, or the
-            teacher cannot be run.
+        ValueError: If an argument needs `validation_data` and there are none, or
+            `log_dir` cannot be written; when training begins, if there is no folder or
+            it cannot be written, the validation data have no rows, or the teacher
+            cannot be run.
 
     Example:
 
@@ -96,6 +99,8 @@ class DistillationBoard(keras.callbacks.Callback):
             for name, value in needing.items():
                 if value is not None:
                     raise ValueError(f"`{name}` has no effect without validation_data.")
+        if log_dir is not None:
+            _check_folder(log_dir)
         self.log_dir = log_dir
         self.validation_data = validation_data
         self.rows = rows
@@ -113,8 +118,10 @@ class DistillationBoard(keras.callbacks.Callback):
         self._logits_of: Any = None
         self._shown: Any = None  # inputs for the attention maps
         self._paths: tuple[str, str] = ("", "")
-        self._steps = 0
-        self._began = self._ended = 0.0
+        self._gates_of: Any = None
+        self._clock = StepClock()
+        self._teacher_clock: TeacherClock | None = None
+        self._rows_trained: float | None = None  # in this epoch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistillationBoard:
         # keras-tuner copies callbacks for each trial; data sets cannot be copied, and
@@ -136,11 +143,12 @@ class DistillationBoard(keras.callbacks.Callback):
             return
         folder = os.path.join(self._folder(), "distillation")
         try:
-            os.makedirs(folder, exist_ok=True)
+            tf.io.gfile.makedirs(folder)
             self._writer = tf.summary.create_file_writer(folder)
-        except (OSError, tf.errors.OpError) as error:
-            raise ValueError(f"`log_dir` cannot be written: {error}") from error
+        except tf.errors.OpError as error:
+            raise ValueError(f"{folder!r} cannot be written: {error}") from error
         self._views = []
+        self._gates_of = self._teacher_clock = None
         self._used_teacher = self._find_teacher()
         if self.validation_data is not None:
             self._prepare()
@@ -149,24 +157,30 @@ class DistillationBoard(keras.callbacks.Callback):
             self._write_hparams()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._steps = 0
-        self._began = self._ended = time.perf_counter()
+        self._rows_trained = None
+        self._clock.begin()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._steps += 1
-        self._ended = time.perf_counter()
+        self._clock.tick(batch)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._note_rows()  # validation counts anew
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._writer is None:
             return
+        self._note_rows()
         with self._writer.as_default(step=epoch):
             for name, value in self._settings().items():
                 tf.summary.scalar(name, value)
             for name, value in (logs or {}).items():
                 _write_log(name, value)
-            if self._steps:
-                seconds = max(self._ended - self._began, 1e-9)
-                tf.summary.scalar("steps_per_second", self._steps / seconds)
+            if self._clock.steps:
+                tf.summary.scalar("steps_per_second", 1 / self._clock.seconds)
+                if self._teacher_clock is not None:
+                    tf.summary.scalar("teacher_time_share", self._teacher_share())
+            if self._gates_of is not None:
+                self._write_gates()
             if self._views:
                 found = self._collect(self._logits_of)
                 for view, values in zip(self._views, found, strict=True):
@@ -183,9 +197,8 @@ class DistillationBoard(keras.callbacks.Callback):
     # -- where and with whom --------------------------------------------------------
 
     def _folder(self) -> str:
-        trials = [c.trial for c in self._companions if hasattr(c, "trial")]
         if self.log_dir is not None:
-            parts = [trial.trial_id for trial in trials]
+            parts = [trial.trial_id for trial in self._trials()]
             return os.path.join(os.fspath(self.log_dir), *parts)
         for callback in self._companions:
             if type(callback).__name__ == "TensorBoard":
@@ -194,6 +207,10 @@ class DistillationBoard(keras.callbacks.Callback):
             "DistillationBoard has no folder: give `log_dir`, or add "
             "keras.callbacks.TensorBoard to the callbacks."
         )
+
+    def _trials(self) -> list[Any]:
+        """The trial of keras-tuner that this run is, if it is one."""
+        return [c.trial for c in self._companions if hasattr(c, "trial")]
 
     def _find_teacher(self) -> Any:
         """The teacher that is shown, or None."""
@@ -221,6 +238,9 @@ class DistillationBoard(keras.callbacks.Callback):
 
     def _prepare(self) -> None:
         model = self.model
+        x, y = next(iter(self._batches()), (None, None))
+        if x is None:
+            raise ValueError("`validation_data` has no rows.")
         shown = self._used_teacher if compares_logits(model) else None
         self._views = views_of(model, shown)
 
@@ -233,12 +253,22 @@ class DistillationBoard(keras.callbacks.Callback):
                     values |= view.of_teacher(known)
             return found
 
-        traced = not model.run_eagerly
-        self._logits_of = tf.function(logits_of) if traced else logits_of
+        self._logits_of = self._graph(logits_of)
+        # What does not fit fails now, and not after the first epoch.
+        self._logits_of(x)
+        self.model._read(y, None, False)
+        if hasattr(model, "gate_weights"):
+            self._gates_of = self._graph(model.gate_weights)
+        if self._teacher_runs() and not several_workers(model.distribute_strategy):
+            run = self._graph(self._teacher_pass, jit_compile=bool(model.jit_compile))
+            self._teacher_clock = TeacherClock(run, x)
         if self.baseline is not None:
             self._measure(self.baseline)
         if self.attention is not None:
             self._prepare_attention(*self.attention)
+
+    def _graph(self, function: Any, **options: Any) -> Any:
+        return function if self.model.run_eagerly else tf.function(function, **options)
 
     def _batches(self) -> Any:
         """Batches of `(x, y)` with at most `rows` rows."""
@@ -305,6 +335,32 @@ class DistillationBoard(keras.callbacks.Callback):
         teacher = self._used_teacher(x, [other], self._asked_at())[1][other]
         return student, teacher
 
+    # -- time -----------------------------------------------------------------------
+
+    def _teacher_runs(self) -> bool:
+        """Whether the teacher that is shown is the one that training runs."""
+        teacher = self._used_teacher
+        return teacher is not None and teacher is self.model.teacher
+
+    def _teacher_pass(self, x: Any) -> Any:
+        return self._used_teacher(x, self.model._teacher_taps, self._asked_at())
+
+    def _note_rows(self) -> None:
+        if self._teacher_clock is not None and self._rows_trained is None:
+            self._rows_trained = number(self.model._loss_tracker.count)
+
+    def _teacher_share(self) -> float:
+        """The teacher's part of the time of a step, between 0 and 1."""
+        model = self.model
+        terms = model.teacher_terms
+        if not terms or not bool(model.term_active(terms[0])):
+            return 0.0
+        replicas = model.distribute_strategy.num_replicas_in_sync
+        rows = round((self._rows_trained or 0) / self._clock.steps / replicas)
+        assert self._teacher_clock is not None
+        seconds = self._teacher_clock.seconds(max(rows, 1))
+        return min(seconds / self._clock.seconds, 1.0)
+
     # -- writing --------------------------------------------------------------------
 
     def _settings(self) -> dict[str, float]:
@@ -327,8 +383,17 @@ class DistillationBoard(keras.callbacks.Callback):
         # keras-tuner writes a trial's own.
         if any(isinstance(c, api.KerasCallback) for c in self._companions):
             return
-        optimizer = type(self.model.optimizer).__name__
-        api.hparams(self._settings() | {"optimizer": optimizer} | self.hparams)
+        values = self._settings() | {"optimizer": type(self.model.optimizer).__name__}
+        for trial in self._trials():
+            values |= trial.hyperparameters.values
+        api.hparams(values | self.hparams)
+
+    def _write_gates(self) -> None:
+        weights = np.concatenate(
+            [np.asarray(self._gates_of(x)) for x, _ in self._batches()]
+        )
+        for index, values in enumerate(weights.T):
+            tf.summary.histogram(f"gates/branch_{index}", values)
 
     def _write_attention(self) -> None:
         student, teacher = (np.asarray(f, "float32") for f in self._attended())
@@ -336,6 +401,21 @@ class DistillationBoard(keras.callbacks.Callback):
         seen = tf.is_tensor(x) and len(x.shape) == 4 and x.shape[-1] in (1, 3)
         image = attention_figure(np.asarray(x) if seen else None, student, teacher)
         tf.summary.image("attention", image)
+
+
+def _check_folder(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError where a folder cannot be made, and leaves no trace.
+
+    keras-tuner would take an error in training for a failed trial, and try the next.
+    """
+    found = os.path.abspath(path)
+    while not os.path.exists(found):
+        found = os.path.dirname(found)
+    if not os.path.isdir(found) or not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"`log_dir` cannot be written: {found!r} is not a folder, or it may not be "
+            f"written to. Received: {os.fspath(path)!r}"
+        )
 
 
 def _positions(found: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ _LAYOUT = {
         "gates": [r"gate/.*"],
         "accuracy of branches": [r"branch/.*"],
         "steps per second": ["steps_per_second"],
+        "the teacher's share of the time": ["teacher_time_share"],
     },
     "Losses": {
         "hard": ["epoch_hard_loss", "result/val_hard_loss"],

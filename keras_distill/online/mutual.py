@@ -11,12 +11,14 @@ from keras import ops
 
 from keras_distill import distribute
 from keras_distill.averaging import AveragedModels
-from keras_distill.base import BaseDistiller, computes_in_float16
+from keras_distill.base import BaseDistiller
+from keras_distill.compiling import computes_in_float16
 from keras_distill.links import call_model
 from keras_distill.losses.base import PACKAGE, check_positive, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.online.optimizers import PeerOptimizers, one_for_each
-from keras_distill.steps_tensorflow import _restore, _values
+from keras_distill.steps_tensorflow.discarding import restore
+from keras_distill.steps_tensorflow.gradients import values_of
 from keras_distill.weighting import for_masked, this_share
 
 
@@ -142,7 +144,7 @@ class MutualLearning(BaseDistiller):
             tapes, heard, extras = [], [], []  # heard: what peers hear from each
             for network in self.networks:
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch(_values(network.trainable_variables))
+                    tape.watch(values_of(network.trainable_variables))
                     heard.append(call_model(network, x, True))
                     extras.append(self.regularization(network))
                 tapes.append(tape)
@@ -158,7 +160,7 @@ class MutualLearning(BaseDistiller):
                         loss = loss if extras[i] is None else loss + extras[i]
                         to_minimise = self.optimizers[i].scale_loss(loss)
                     losses.append(loss)
-                    variables = _values(self.networks[i].trainable_variables)
+                    variables = values_of(self.networks[i].trainable_variables)
                     found.append(tapes[i].gradient(to_minimise, variables))
                 gradients += _summed(found)
                 last = len(gradients) == len(self.networks)
@@ -169,7 +171,7 @@ class MutualLearning(BaseDistiller):
                     if not last:
                         heard[i] = _once_more(self.networks[i], x)
             self._log_total(losses)
-            _restore(saved, ok, self._statistics(), statistics_ok)
+            restore(saved, ok, self._statistics(), statistics_ok)
             self._logs.update("steps", 1.0, 1.0)
             return self._step_results(share)
 

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_distill.base import BaseDistiller
 from keras_distill.graphs import Graph, Origin, clone
-from keras_distill.links import check_weight
+from keras_distill.links import call_model, check_weight
 from keras_distill.losses.base import PACKAGE, check_positive, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.online.gated import GatedEnsemble, symbolic_inputs
@@ -223,6 +223,12 @@ class OneEnsemble(BaseDistiller):
     def gate(self) -> keras.Layer:
         """The layer that weighs the branches."""
         return self.student.gate
+
+    def gate_weights(self, x: Any) -> Any:
+        """How the gate weighs the branches for each row: `(B, branches)`."""
+        network = self.student
+        shared = call_model(network.stem, x, False)
+        return call_model(network.gate, shared, False)
 
     @property
     def temperature(self) -> Any:

@@ -28,9 +28,10 @@ class BeYourOwnTeacher(BaseDistiller):
     r"""BYOT: the deepest exit of a network teaches the shallower ones.
 
     Every exit has a bottleneck (convolutions 1x1, k x k with stride k, 1x1, each with
-    BatchNormalization and ReLU, down to the grid of the network's end) that makes
-    features as wide as the network's own, `f_i`, and a classifier, `z_i`. With the
-    network's own features and output `f_n`, `z_n`
+    BatchNormalization and ReLU, down to the grid of the network's end; synchronized
+    over replicas where the network's own BatchNormalization is) that makes features as
+    wide as the network's own, `f_i`, and a classifier, `z_i`. With the network's own
+    features and output `f_n`, `z_n`
 
     $$\mathrm{CE}(z_n) + \sum_{i<n} \left[ (1 - \alpha)\, \mathrm{CE}(z_i)
     + \alpha\, T^2\, \mathrm{KL}(\sigma(z_n / T) \,\|\, \sigma(z_i / T))
@@ -135,9 +136,14 @@ class BeYourOwnTeacher(BaseDistiller):
         width = graph.shape(feature)[-1]
         if width is None:
             raise ValueError("`model`: the width of its last features is not known.")
+        together = any(
+            layer.synchronized
+            for layer in model._flatten_layers()
+            if isinstance(layer, keras.layers.BatchNormalization)
+        )
         heads = [
             (
-                bottleneck(graph.shape(cut), grid, width, f"bottleneck_{i}"),
+                bottleneck(graph.shape(cut), grid, width, f"bottleneck_{i}", together),
                 classifier(model, width, f"classifier_{i}"),
             )
             for i, cut in enumerate(cuts)

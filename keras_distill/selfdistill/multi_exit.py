@@ -232,7 +232,11 @@ def _mean(x: Any) -> Any:
 
 
 def bottleneck(
-    shape: Sequence[int | None], grid: Sequence[int | None], width: int, name: str
+    shape: Sequence[int | None],
+    grid: Sequence[int | None],
+    width: int,
+    name: str,
+    synchronized: bool = False,
 ) -> keras.Model:
     """What an exit makes of the trunk's tensor: features `(B, width)`.
 
@@ -242,6 +246,7 @@ def bottleneck(
             bottleneck reduces this one.
         width: Of the network's own features.
         name: Name of the model.
+        synchronized: Whether its BatchNormalization is, over replicas.
     """
     x = inputs = keras.Input(shape[1:])
     rank = len(shape) - 2
@@ -255,20 +260,26 @@ def bottleneck(
             raise ValueError(
                 f"`exits`: a tensor of shape {tuple(shape)} needs 2 to 5 axes."
             )
-        return keras.Model(inputs, _normalized(keras.layers.Dense(width), x), name=name)
+        x = _normalized(keras.layers.Dense(width), x, synchronized)
+        return keras.Model(inputs, x, name=name)
     stride = [1] * rank
     if len(grid) == len(shape):
         pairs = zip(shape[1:-1], grid[1:-1], strict=True)
         stride = [max(1, a // b) if a and b else 1 for a, b in pairs]
     middle = max(1, width // 4)
-    x = _normalized(convolution(middle, 1, use_bias=False), x)
-    x = _normalized(convolution(middle, stride, strides=stride, use_bias=False), x)
-    x = _normalized(convolution(width, 1, use_bias=False), x)
+    for layer in (
+        convolution(middle, 1, use_bias=False),
+        convolution(middle, stride, strides=stride, use_bias=False),
+        convolution(width, 1, use_bias=False),
+    ):
+        x = _normalized(layer, x, synchronized)
     return keras.Model(inputs, pooled(x), name=name)
 
 
-def _normalized(layer: keras.Layer, x: Any) -> Any:
-    x = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(layer(x))
+def _normalized(layer: keras.Layer, x: Any, synchronized: bool) -> Any:
+    x = keras.layers.BatchNormalization(
+        momentum=0.9, epsilon=1e-5, synchronized=synchronized
+    )(layer(x))
     return keras.layers.ReLU()(x)
 
 

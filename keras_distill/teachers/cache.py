@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from keras_distill.data import current_epoch
 from keras_distill.heads import Head
 from keras_distill.losses.response import SoftTarget
 from keras_distill.teachers.base import Teacher, as_teacher
-from keras_distill.teachers.store.building import Builder, asked_at, checked_arguments
-from keras_distill.teachers.store.codec import Codec
+from keras_distill.teachers.store.attaching import attached, check_first, check_replay
+from keras_distill.teachers.store.building import Builder, checked_arguments
+from keras_distill.teachers.store.lookup import Lookup
 from keras_distill.teachers.store.manifest import (
     check_fingerprint,
     join_parts,
     open_manifest,
-    record_dtype,
 )
-from keras_distill.teachers.store.rows import (
-    as_tuple,
-    check_dataset,
-    check_rows,
-    chunk_of,
-    content_keys,
-    inputs_of,
-    row_key,
-)
-from keras_distill.teachers.store.shards import KEY, Index, Shards, locked
-from keras_distill.teachers.store.views import OTHER_AUGMENT, stream, view_of
+from keras_distill.teachers.store.rows import check_dataset, check_rows
+from keras_distill.teachers.store.shards import locked
+from keras_distill.teachers.store.verifying import largest_difference
 
 
 class Cache(Teacher):
@@ -76,19 +66,12 @@ class Cache(Teacher):
         self.one_temperature = manifest["one_temperature"]
         self._manifest = manifest
         self._augment = augment
-        self._position = arguments["key"] == "position"
-        self._codec = codec = Codec.from_config(manifest["codec"])
+        self._lookup = Lookup(self.path, manifest)
+        self._codec = codec = self._lookup.codec
         self.names = codec.names
         self.outputs = keras.tree.map_structure(
             lambda place: _symbol(codec.outputs[place].shape), codec.structure
         )
-        directory = Path(path)
-        record = record_dtype(manifest["record"])
-        self._shards = Shards(directory, manifest["shards"], record, self.views)
-        self._parts = np.cumsum([0, *manifest["parts"]])
-        self._index = None
-        if not self._position:
-            self._index = Index(directory, manifest["index"])
         # In the data it tells the knowledge of one cache from another's.
         self._id = manifest["id"]
 
@@ -172,7 +155,7 @@ class Cache(Teacher):
             builder = Builder(teacher, dataset, directory, arguments, augment)
             builder.run()
         cache = cls.open(path, augment=augment)
-        cache._check_first(dataset)
+        check_first(cache._lookup, dataset)
         return cache
 
     @classmethod
@@ -242,22 +225,8 @@ class Cache(Teacher):
         check_rows(dataset, self._manifest["inputs"])
         self._check_augment()
         if self._augment is not None:
-            self._check_replay(dataset)
-        size = dataset.cardinality()
-        chunk = chunk_of(dataset)
-        numbered = dataset.enumerate().batch(chunk)
-        found = numbered.map(
-            self._with_knowledge,
-            num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
-        ).unbatch()
-        if self._augment is not None:
-            found = found.map(
-                self._replayed, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-            )
-        if size == tf.data.UNKNOWN_CARDINALITY:
-            return found
-        return found.apply(tf.data.experimental.assert_cardinality(size))
+            check_replay(self._lookup, dataset, self._augment)
+        return attached(self._lookup, dataset, self._augment, self._id)
 
     def verify(
         self, teacher: Any, dataset: tf.data.Dataset, rows: int = 256
@@ -283,25 +252,14 @@ class Cache(Teacher):
         self._check_augment()
         if rows < 1:
             raise ValueError(f"`rows` must be at least 1. Received: {rows}")
-        every = max(len(self._shards) // rows, 1)
-        some = dataset.enumerate().filter(lambda i, *_: i % every == 0).take(rows)
-        seen, largest = 0, 0.0
-        heads, _ = Codec.heads_of(teacher)
-        positions = np.arange(rows, dtype="int64") * every
-        plain = some.map(lambda i, element: (inputs_of(*as_tuple(element)),))
-        batch_size = self._manifest["arguments"]["batch_size"] // self.views
-        for keys, _, _, x in stream(
-            plain, self._augment, self.views, max(batch_size, 1)
-        ):
-            count = len(keys)
-            known, features = teacher(x, self._tap_paths, asked_at(self.temperatures))
-            places = positions[seen : seen + count]
-            for view in range(self.views):
-                leaves = self._read(keys.numpy(), places, np.full(count, view))
-                pick = slice(view, None, self.views)
-                differences = self._differences(leaves, known, features, heads, pick)
-                largest = max(largest, *differences)
-            seen += count
+        seen, largest = largest_difference(
+            self._lookup,
+            teacher,
+            dataset,
+            rows,
+            self._augment,
+            self._manifest["arguments"],
+        )
         if not seen:
             raise ValueError("`dataset` is empty.")
         if not largest <= 0.004:
@@ -384,141 +342,18 @@ class Cache(Teacher):
             )
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self._lookup.shards)
 
     def __repr__(self) -> str:
         return f"teachers.Cache({self.path!r}, {len(self)} rows)"
 
-    # -- looking up -----------------------------------------------------------------
-
-    @property
-    def _tap_paths(self) -> list[str]:
-        return [stored.label for stored in self._codec.taps]
-
-    def _rows(self, keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Row numbers, for hashes or for places in the data."""
-        if self._index is None:
-            if positions.max() >= len(self):
-                raise ValueError(
-                    f"Row {positions.max()} is not in the cache {self.path!r}, which "
-                    f"holds {len(self)}."
-                )
-            # Part i of n holds the rows i, i + n, i + 2 n, ...
-            parts = len(self._parts) - 1
-            return self._parts[positions % parts] + positions // parts
-        rows, known = self._index.rows(keys.view(KEY))
-        if not known.all():
-            raise ValueError(
-                f"{np.sum(~known)} of {len(keys)} rows are not in the cache "
-                f"{self.path!r}, the first of them at place "
-                f"{positions[np.argmin(known)]}. `x` must be as it was when the cache "
-                "was built: same values, dtypes and keys, not augmented, not batched."
-            )
-        return rows
-
-    def _read(
-        self, keys: np.ndarray, positions: np.ndarray, views: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        rows = self._rows(keys, positions)
-        found, records = self._shards.read(rows, views)
-        if self._position and not np.array_equal(found, keys.view(KEY)):
-            first = positions[np.argmax(found != keys.view(KEY))]
-            raise ValueError(
-                f"Row {first} is not the one at that place in the cache {self.path!r}: "
-                "with key='position' the data must come in the order in which the "
-                "cache was built. Shuffle after `attach`."
-            )
-        leaves = {s.name: s.read(records) for s in self._codec.stored}
-        if self._augment is not None:
-            leaves["seed"] = np.ascontiguousarray(records["seed"])
-        return leaves
-
-    @tf.autograph.experimental.do_not_convert
-    def _with_knowledge(self, positions: Any, element: Any) -> Any:
-        x, *rest = as_tuple(element)
-        specs = {s.name: s.leaf for s in self._codec.stored}
-        if self._augment is not None:
-            specs["seed"] = (2,), "int32"
-        names = list(specs)
-
-        def look_up(keys: np.ndarray, positions: np.ndarray, epoch: int) -> list[Any]:
-            leaves = self._read(keys, positions, view_of(keys, epoch, self.views))
-            return [leaves[name] for name in names]
-
-        # Without views the data must not depend on the epoch.
-        epoch = current_epoch() if self.views > 1 else tf.constant(0, tf.int64)
-        values = tf.numpy_function(
-            look_up,
-            [content_keys(x), positions, epoch],
-            [tf.as_dtype(specs[name][1]) for name in names],
-            stateful=False,
-        )
-        leaves = {}
-        for name, value in zip(names, values, strict=True):
-            leaves[name] = tf.ensure_shape(value, (None, *specs[name][0]))
-        return ({"inputs": x, "kd_teacher": {self._id: leaves}}, *rest)
-
-    def _replayed(self, x: Any, *rest: Any) -> Any:
-        leaves = dict(x["kd_teacher"][self._id])
-        inputs = self._augment(x["inputs"], leaves.pop("seed"))
-        return ({"inputs": inputs, "kd_teacher": {self._id: leaves}}, *rest)
-
-    def _check_first(self, dataset: tf.data.Dataset) -> None:
-        """Raises ValueError if the cache was built from other data."""
-        rows = dataset.take(1).map(lambda *element: row_key(inputs_of(*element)))
-        for key in rows:
-            zero = np.zeros(1, "int64")
-            self._read(key.numpy()[None], zero, zero)
-
     def _check_augment(self) -> None:
         """Raises ValueError for views that were joined, and not opened."""
-        if self._manifest["arguments"]["augmented"] and self._augment is None:
+        if self._lookup.augmented and self._augment is None:
             raise ValueError(
                 "This cache holds augmented views. Open it with "
                 "Cache.open(path, augment=...)."
             )
-
-    def _check_replay(self, dataset: tf.data.Dataset) -> None:
-        """Replays one stored view, and compares its hash."""
-
-        def first(position: Any, element: Any) -> Any:
-            x = inputs_of(*as_tuple(element))
-            return row_key(x), position, x
-
-        one = dataset.enumerate().take(1).map(first)
-        found = next(iter(one), None)
-        if found is None:
-            return
-        key, position = (value.numpy()[None] for value in found[:2])
-        rows = self._rows(key, position)
-        _, records = self._shards.read(rows, np.zeros(1, "int64"))
-        seed = tf.constant(records["seed"][0])
-        replayed = one.map(lambda key, position, x: row_key(self._augment(x, seed)))
-        if next(iter(replayed)).numpy() != records["view"][0]:
-            raise ValueError(OTHER_AUGMENT)
-
-    def _differences(
-        self, leaves: Any, known: Any, features: Any, heads: Any, pick: slice
-    ) -> Iterator[float]:
-        """Largest differences between stored and fresh values, per output and tap."""
-        flat = keras.tree.flatten(known)
-        pairs: list[Any] = []
-        for place, stored in enumerate(self._codec.outputs):
-            leaf = tf.constant(leaves[stored.name])
-            if stored.top_k is None:
-                fresh = stored.encode(flat[place], None)[0][pick]
-                pairs.append((leaf, fresh))
-                continue
-            logits = heads[place].logits(flat[place])[pick]
-            for temperature in stored.temperatures or (1.0,):
-                both = stored.head.against(leaf, logits, temperature)
-                pairs.append([tf.nn.log_softmax(z / temperature) for z in both])
-        for stored in self._codec.taps:
-            fresh = features[stored.label][pick]
-            pairs.append((tf.constant(leaves[stored.name]), fresh))
-        for stored_values, fresh in pairs:
-            a, b = (np.asarray(v, "float64") for v in (stored_values, fresh))
-            yield float(np.max(np.abs(a - b) / (1 + np.abs(b)), initial=0.0))
 
 
 def _symbol(shape: Sequence[int]) -> keras.KerasTensor:

@@ -20,6 +20,7 @@ from keras_distill.fitting import unique
 from keras_distill.losses.base import number
 from keras_distill.teachers.base import as_teacher
 from keras_distill.teachers.cache import Cache
+from keras_distill.tuning.folder import check_folder
 from keras_distill.tuning.objectives import check_objective
 from keras_distill.tuning.spaces import Choice, Numbers
 
@@ -122,9 +123,15 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         self._check_effects(temperature, beta)
         self._last_student: Any = None
         self._opened: Cache | None = None
+        self._identity: dict[str, Any] = {}
 
     def _check_effects(self, temperature: Any, beta: Any) -> None:
         losses = self._losses.values()
+        if any(isinstance(getattr(t, "temperature", 0), keras.Layer) for t in losses):
+            raise ValueError(
+                "A loss with a LearnedTemperature cannot be searched: all trials would "
+                "share it. Give `distiller` a function that makes one for each."
+            )
         if temperature != _TEMPERATURE and not any(map(_has_temperature, losses)):
             raise ValueError(
                 "`temperature` has no effect: the soft loss has none. "
@@ -172,14 +179,22 @@ class DistillationHyperModel(keras_tuner.HyperModel):
 
         Raises:
             keras_tuner.errors.FatalError: Before the first step, which ends the search:
-                if the objective is in no log or cannot be compared between trials, or
-                the data do not fit the cache.
+                if the tuner's folder holds another search, the objective is in no log
+                or cannot be compared between trials, or the cache cannot be made of
+                these data.
         """
         given = dict(zip(("x", "y"), args, strict=False)) | kwargs
+        for callback in given.get("callbacks") or []:
+            tuner = getattr(callback, "tuner", None)
+            if isinstance(tuner, keras_tuner.Tuner):
+                try:
+                    self.check_folder(tuner, write=True)
+                except ValueError as error:
+                    raise FatalValueError(str(error)) from error
         if self.cache is not None:
             try:
                 given = self._with_cache(model, given, self.cache)
-            except (TypeError, ValueError) as error:
+            except (OSError, TypeError, ValueError) as error:
                 raise FatalValueError(f"The teacher's cache: {error}") from error
         wanted = [
             callback.objective
@@ -193,6 +208,25 @@ class DistillationHyperModel(keras_tuner.HyperModel):
             validated = given.get("validation_data") is not None or bool(split)
             check_objective(wanted[0], model, set(logs), validated)
         return model.fit(**given)
+
+    def check_folder(self, tuner: Any, write: bool = False) -> None:
+        """Raises ValueError if the trials in a tuner's folder are of another search."""
+        if not self._identity:
+            hp = keras_tuner.HyperParameters()
+            self.build(hp)
+            self._identity = {
+                "teacher": self.teacher.fingerprint(),
+                "space": hp.get_config()["space"],
+                **{
+                    n: getattr(self, n).values for n in ("temperature", "alpha", "beta")
+                },
+                "soft_loss": list(self._losses),
+            }
+        wanted = tuner.oracle.objective
+        objectives = [
+            [one.name, one.direction] for one in getattr(wanted, "objectives", [wanted])
+        ]
+        check_folder(tuner, {**self._identity, "objective": objectives}, write)
 
     # -- parts of a trial -----------------------------------------------------------
 

@@ -43,6 +43,9 @@ def results(tuner: Any) -> Results:
         (up to the best one), the hyperparameters, and for a trial that failed its last
         `message`. `print` shows a table, `.to_csv(path)` writes one.
 
+    Raises:
+        ValueError: If the tuner's folder holds the trials of another search.
+
     Example:
 
     ```python
@@ -51,6 +54,7 @@ def results(tuner: Any) -> Results:
     table.to_csv("trials.csv")
     ```
     """
+    _check(tuner)
     oracle = tuner.oracle
     sign = -1 if oracle.objective.direction == "max" else 1
     trials = sorted(
@@ -78,8 +82,10 @@ def best_distiller(tuner: Any) -> Any:
     It is compiled and has the teacher itself, also after a search with a cache.
 
     Raises:
-        ValueError: If no trial has ended well.
+        ValueError: If no trial has ended well, or the tuner's folder holds the trials
+            of another search.
     """
+    _check(tuner)
     found = tuner.get_best_models(1)
     if not found:
         raise ValueError("No trial of this search has ended well.")
@@ -103,6 +109,7 @@ def plot(tuner: Any, path: str | os.PathLike[str]) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows, scores = _completed(tuner)
     shares = importance(tuner)
@@ -123,11 +130,19 @@ def plot(tuner: Any, path: str | os.PathLike[str]) -> None:
     elif numbers:
         left.scatter([row[numbers[0]] for row in rows], scores)
         left.set(xlabel=numbers[0], ylabel=objective)
+    left.set_title("The trials")
     if "temperature" in numbers:
         left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        left.xaxis.set_major_formatter("{x:g}")
+        left.xaxis.set_minor_formatter(NullFormatter())
     names = sorted(shares, key=lambda name: shares[name])
     right.barh(names, [shares[name] for name in names])
-    right.set(xlim=(0, 1), xlabel="share of the variance of the ranks")
+    right.set(
+        xlim=(0, 1),
+        xlabel="share of the variance of the ranks",
+        title="How much each parameter mattered",
+    )
     figure.savefig(path)
 
 
@@ -146,6 +161,13 @@ def importance(tuner: Any) -> dict[str, float]:
             share = _explained_by_groups(values, ranks)
         shares[name] = share
     return shares
+
+
+def _check(tuner: Any) -> None:
+    """keras-tuner asks no hypermodel when it finds a folder with a finished search."""
+    check = getattr(getattr(tuner, "hypermodel", None), "check_folder", None)
+    if check is not None:
+        check(tuner)
 
 
 def _completed(tuner: Any) -> tuple[Results, list[float]]:

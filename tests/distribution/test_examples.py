@@ -31,9 +31,27 @@ def test_distributed(tmp_path):
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     out = tmp_path / "faults.json"
     run("benchmarks/faults.py", "--out", os.fspath(out))
-    result = json.loads(out.read_text())
-    assert sum(result["kills by moment"].values()) == 2
-    outcome = result["outcome"]
-    assert outcome["batches trained, with those taken back"] >= 63
-    assert outcome["rows lost"] == outcome["rows repeated"] == 0
-    assert outcome["variables that differ in any bit"] == 0
+    for outcome in json.loads(out.read_text())["outcome"].values():
+        assert outcome["kills"] == 2
+        assert outcome["batches trained, with those taken back"] >= 63
+        assert outcome["rows lost"] == outcome["rows repeated"] == 0
+        assert outcome["variables that differ in any bit"] == 0
+
+
+def test_what_distribution_costs(tmp_path):
+    out = tmp_path / "distribution.json"
+    run("benchmarks/distribution.py", "--out", os.fspath(out))
+    steps = json.loads(out.read_text())["one step of the same global batch"]
+    assert steps["1 device"]["bytes summed"] == 0
+    # Once by the step, once by the optimizer.
+    assert (
+        steps["2 workers"]["bytes summed"]
+        >= 2 * steps["2 workers"]["bytes of the weights"]
+    )
+
+
+def test_devices(tmp_path):
+    out = tmp_path / "gpu.json"
+    printed = run("benchmarks/gpu.py", "--out", os.fspath(out))
+    assert "Found: no GPU, 2 logical devices." in printed
+    assert "distillation" in json.loads(out.read_text())["median milliseconds"]

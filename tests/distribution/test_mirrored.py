@@ -231,15 +231,47 @@ def test_nan_on_the_last_replica_alone(strategy):
         np.testing.assert_allclose(variable.numpy(), wanted.numpy(), atol=1e-6)
 
 
+class Stop(keras.callbacks.Callback):
+    """Stops a run after some batches."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.left = after
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def test_a_backup_holds_what_each_replica_has_of_its_own(strategy, tmp_path):
+    """Statistics that are not synchronized differ, and evaluation uses them."""
+
+    def fit(*callbacks):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            norm, noise = layers.BatchNormalization(), layers.Dropout(0.2, seed=1)
+            made = distiller(tiny.mlp(layers=[norm, noise]))
+            tiny.compiled(made, metrics=["accuracy"])
+        data = rows(3 * BATCH)
+        logs = tiny.history(
+            made, data, epochs=2, validation_data=data, callbacks=list(callbacks)
+        )
+        return made, {name: values[-1] for name, values in logs.items()}
+
+    whole, expected = fit()
+    with pytest.raises(KeyboardInterrupt):
+        fit(kd.callbacks.Backup(tmp_path / "backup", 2), Stop(5))
+    made, found = fit(kd.callbacks.Backup(tmp_path / "backup", 2))
+    assert found == expected
+    parts = strategy.experimental_local_results
+    for variable, wanted in zip(made.variables, whole.variables, strict=True):
+        values = [value.numpy() for value in parts(variable.value)]
+        others = [value.numpy() for value in parts(wanted.value)]
+        assert tiny.same(values, others), variable.path
+
+
 # -- the other distillers ---------------------------------------------------------
-
-
-def synchronized(made):
-    """The distiller with statistics over the global batch, as one device has them."""
-    for layer in made._flatten_layers():
-        if isinstance(layer, layers.BatchNormalization):
-            layer.synchronized = True
-    return made
 
 
 def one_ensemble():
@@ -247,7 +279,8 @@ def one_ensemble():
 
 
 def byot():
-    return synchronized(kd.BeYourOwnTeacher.from_model(cnn(norm=True), ["block1"]))
+    """Its bottlenecks normalize as the network does."""
+    return kd.BeYourOwnTeacher.from_model(cnn(norm=True), ["block1"])
 
 
 def mutual(updates):
@@ -360,6 +393,10 @@ def test_options_that_do_not_go_with_replicas(strategy):
             method(x, y, batch_size=1)
     with pytest.raises(ValueError, match="`batch_size`"):
         made.predict(x, batch_size=1)
+    rows = tf.data.Dataset.from_tensor_slices((x, y)).batch(16).unbatch()
+    for data in (rows.batch(1), rows.batch(1).map(lambda *row: row).prefetch(1)):
+        with pytest.raises(ValueError, match=r"`Dataset.batch`.*each of the 2.*: 1"):
+            made.fit(data)
 
 
 def test_activity_regularizers_with_synchronized_statistics(strategy):

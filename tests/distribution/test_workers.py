@@ -9,16 +9,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from distribution import worker
 
+from keras_distill import distribute
 from keras_distill import launch as launcher
 
-WORKERS = 2
 
-
-def launch(directory, *arguments, options=()):
+def launch(directory, count, *arguments, options=()):
     """Runs the script as workers; returns what each found, and what was printed.
 
     With options the launcher is run as a file, which starts faster.
@@ -26,65 +27,120 @@ def launch(directory, *arguments, options=()):
     script = str(Path(worker.__file__))
     how = [launcher.__file__] if options else ["-m", "keras_distill.launch"]
     result = subprocess.run(
-        [sys.executable, *how, "--workers", str(WORKERS), *options]
+        [sys.executable, *how, "--workers", str(count), *options]
         + [script, str(directory), *arguments],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     found = []
-    for index in range(WORKERS):
-        with np.load(directory / f"weights-{index}.npz") as file:
-            weights = list(file.values())
+    for index in range(count):
         logs = json.loads((directory / f"found-{index}.json").read_text())
-        found.append((weights, logs))
+        found.append((saved(directory / f"weights-{index}.npz"), logs))
     return found, result.stderr
 
 
+def saved(path):
+    with np.load(path) as file:
+        return list(file.values())
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def workers(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("workers")
+    return launch(directory, request.param)[0], directory
+
+
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("workers"))[0]
+def one_process():
+    strategy = tf.distribute.get_strategy()
+    return worker.run(strategy)[:2], worker.run_with_nan(strategy)
 
 
-def test_workers_equal_one_process(workers):
-    weights, expected, _ = worker.run()
-    for found, logs in workers:
-        for value, wanted in zip(found, weights, strict=True):
-            error = np.linalg.norm(value - wanted)
-            assert error <= 1e-5 * max(np.linalg.norm(wanted), 0.1)
+def check_equal(found, expected):
+    for value, wanted in zip(found, expected, strict=True):
+        error = np.linalg.norm(value - wanted)
+        assert error <= 1e-5 * max(np.linalg.norm(wanted), 0.1)
+
+
+def test_workers_equal_one_process(workers, one_process):
+    weights, expected = one_process[0]
+    for found, logs in workers[0]:
+        check_equal(found, weights)
         for name, values in expected["history"].items():
             assert logs["history"][name] == pytest.approx(values, rel=1e-5), name
         assert logs["evaluate"] == pytest.approx(expected["evaluate"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "epochs"), [("per_epoch", 2), ("arrays", 1)])
-def test_every_row_is_seen_by_one_worker(workers, kind, epochs):
-    seen = [[i for i in logs[kind] if i] for _, logs in workers]
+def test_nan_on_the_last_worker_alone_stops_nobody(workers, one_process):
+    expected, weights = one_process[1]
+    assert expected["skipped"] == pytest.approx([1 / 3])
+    for index, (_, logs) in enumerate(workers[0]):
+        assert logs["nan"].keys() == expected.keys()
+        for name, values in expected.items():
+            assert logs["nan"][name] == pytest.approx(values, rel=1e-5), name
+        check_equal(saved(workers[1] / f"nan-{index}.npz"), weights)
+
+
+@pytest.mark.parametrize(
+    ("kind", "epochs", "rows"),
+    [
+        ("per_epoch", 2, worker.ROWS),
+        ("arrays", 1, worker.ROWS),
+        ("tf.data", 1, worker.RAGGED),
+        ("cache", 1, worker.ROWS),
+    ],
+)
+def test_every_row_is_seen_by_one_worker(workers, kind, epochs, rows):
+    """Ids from 1: the padding row of a worker without rows has 0."""
+    seen = [[i for i in logs[kind] if i] for _, logs in workers[0]]
     assert all(seen)
-    assert Counter(seen[0] + seen[1]) == dict.fromkeys(
-        range(1, worker.ROWS + 1), epochs
-    )
+    assert Counter(sum(seen, [])) == dict.fromkeys(range(1, rows + 1), epochs)
+
+
+def test_only_the_chief_writes(workers):
+    directory = workers[1]
+    keras.saving.load_model(directory / "checkpoint.keras")
+    assert len(list((directory / "logs" / "train").glob("events.*"))) == 1
+    assert len((directory / "log.csv").read_text().splitlines()) == 2
 
 
 def test_workers_with_different_weights_are_refused(workers):
-    for _, logs in workers:
-        assert "different values of the variables: replicas [1]" in logs["refused"]
+    count = len(workers[0])
+    others = [*range(1, count)]
+    for _, logs in workers[0]:
+        assert (
+            f"different values of the variables: replicas {others}" in (logs["refused"])
+        )
 
 
+def test_keras_itself_cannot_yet(workers):
+    """Fails once keras#20585 is mended: then `distribute.py` has overrides to drop."""
+    for _, logs in workers[0]:
+        assert logs["keras"] is not None, f"Keras {keras.__version__} trains by itself"
+
+
+def test_a_keras_that_nobody_tried_is_said(monkeypatch):
+    distribute.check_keras()
+    monkeypatch.setattr(keras, "__version__", "3.99.0")
+    with pytest.warns(UserWarning, match=r"tried with Keras up to 3\.\d+"):
+        distribute.check_keras()
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
 def test_a_killed_worker_is_named_and_the_run_continues(workers, tmp_path):
-    again, printed = launch(tmp_path, "8", options=["--restarts", "1"])
+    again, printed = launch(tmp_path, 2, "8", options=["--restarts", "1"])
     assert "launch: worker 1 was killed by SIGKILL; all workers were" in printed
     assert (tmp_path / "died").exists()
-    for (found, logs), (wanted, expected) in zip(again, workers, strict=True):
+    for (found, logs), (wanted, expected) in zip(again, workers[0], strict=True):
         for value, other in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(value, other)
         last = {name: values[-1] for name, values in logs["history"].items()}
         for name, values in expected["history"].items():
-            # The workers' parts of a running mean come back added up.
-            assert last[name] == pytest.approx(values[-1], rel=1e-6), name
+            assert last[name] == values[-1], name
     # The last backup knew of two batches of the second epoch.
     rows = sum(len([i for i in logs["per_epoch"] if i]) for _, logs in again)
     assert rows == worker.ROWS - 2 * worker.BATCH

@@ -19,7 +19,8 @@ import tensorflow as tf
 
 import keras_distill as kd
 
-ROWS, BATCH, EPOCHS = 37, 8, 2
+ROWS, BATCH, EPOCHS = 37, 8, 2  # the last batch does not divide
+RAGGED = 33  # and this one leaves workers without rows
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -79,56 +80,122 @@ def make(seed):
     return rows.shuffle(ROWS, seed=seed[0] + seed[1]).batch(BATCH)
 
 
-def run(callbacks=()):
-    """Trains, counts, evaluates and predicts; returns weights, all else, distiller."""
+def compiled(distiller, **options):
+    """Ready to train; eagerly where one process does it alone, which is quicker."""
+    return distiller.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9, global_clipnorm=0.5),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        run_eagerly="TF_CONFIG" not in os.environ,
+        **options,
+    )
+
+
+def values(distiller):
+    return [np.array(v.numpy()) for v in distiller.trainable_variables]
+
+
+def run(strategy, callbacks=()):
+    """Trains by an order of its own and evaluates: weights, all else, distiller."""
     keras.utils.set_random_seed(0)
-    strategy = tf.distribute.get_strategy()
-    if "TF_CONFIG" in os.environ:
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
     ids = Ids()
     with strategy.scope():
         known, student = network(6), network(4, ids)
         link = kd.Link("hidden", "hidden", kd.losses.RelationalDistance(), name="rkd")
         distiller = kd.Distiller(student, known, links=[link])
-        distiller.compile(
-            keras.optimizers.SGD(0.01, momentum=0.9, global_clipnorm=0.5),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-            across_replicas=strategy.num_replicas_in_sync > 1,
-        )
+        compiled(distiller, across_replicas=strategy.num_replicas_in_sync > 1)
     data = kd.data.per_epoch(make)
     history = distiller.fit(
         data, epochs=EPOCHS, verbose=0, callbacks=list(callbacks)
     ).history
-    weights = [np.array(v.numpy()) for v in distiller.trainable_variables]
     found = {"history": history, "per_epoch": list(ids.seen)}
-    ids.seen.clear()
     x, y = numbered(ROWS)
     found["evaluate"] = distiller.evaluate(
         x, y, batch_size=BATCH, verbose=0, return_dict=True
     )
-    ids.seen.clear()
-    distiller.fit(x, y, batch_size=BATCH, verbose=0)
-    found["arrays"] = list(ids.seen)
-    return weights, found, distiller
+    return values(distiller), found, distiller
+
+
+def run_with_nan(strategy):
+    """Trains on three batches; in the second the last worker's last row holds NaN."""
+    keras.utils.set_random_seed(0)
+    x, y = numbered(3 * BATCH)
+    x[2 * BATCH - 1, 1] = np.nan
+    with strategy.scope():
+        distiller = kd.Distiller(network(4), network(6))
+        compiled(distiller, skip_nonfinite=True)
+    rows = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    return distiller.fit(rows, verbose=0).history, values(distiller)
+
+
+def count(distiller, here):
+    """Which rows this worker sees in an epoch of each kind of data."""
+    strategy, student = distiller.distribute_strategy, distiller.student
+    ids = next(layer for layer in student.layers if isinstance(layer, Ids))
+    keras.utils.set_random_seed(1)
+    x, y = numbered(ROWS)
+    rows = tf.data.Dataset.from_tensor_slices((x, y))
+    cache = kd.teachers.Cache.build(network(6), rows, here / "cache")
+    with strategy.scope():
+        cached = compiled(kd.Distiller(student, cache))
+    ragged = tf.data.Dataset.from_tensor_slices(numbered(RAGGED))
+    writers = [
+        keras.callbacks.ModelCheckpoint(here / "checkpoint.keras"),
+        keras.callbacks.TensorBoard(here / "logs"),
+        keras.callbacks.CSVLogger(here / "log.csv"),
+    ]
+    found = {}
+    for kind, (which, options) in {
+        "arrays": (
+            distiller,
+            {"x": x, "y": y, "batch_size": BATCH, "callbacks": writers},
+        ),
+        "tf.data": (distiller, {"x": ragged.shuffle(RAGGED, seed=5).batch(BATCH)}),
+        "cache": (cached, {"x": cache.attach(rows).shuffle(ROWS, seed=5).batch(BATCH)}),
+    }.items():
+        ids.seen.clear()
+        which.fit(verbose=0, **options)
+        found[kind] = list(ids.seen)
+    return found
+
+
+def error_of(fit, *args, **kwargs):
+    """What it says."""
+    try:
+        fit(*args, **kwargs, verbose=0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def refusals(distiller, index):
+    """What stock Keras says, and what we say to workers that differ."""
+    x, y = numbered(ROWS)
+    with distiller.distribute_strategy.scope():
+        plain = network(4)
+        plain.compile("sgd", "mse")
+    found = {"keras": error_of(plain.fit, x, y.astype("float32"), batch_size=BATCH)}
+    if index:
+        distiller.student.trainable_variables[0].assign(np.ones((4, 4)))
+    found["refused"] = error_of(distiller.fit, x, y, batch_size=BATCH)
+    return found
 
 
 def main():
     here = Path(sys.argv[1])
     index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
     callbacks = []
     if len(sys.argv) > 2:
         callbacks.append(kd.callbacks.Backup(here / "backup", save_freq=2))
         if index:
             callbacks.append(Die(int(sys.argv[2]), here / "died"))
-    weights, found, distiller = run(callbacks)
-    if index:
-        distiller.student.trainable_variables[0].assign(np.ones((4, 4)))
-    x, y = numbered(ROWS)
-    try:
-        distiller.fit(x, y, batch_size=BATCH, verbose=0)
-    except ValueError as error:
-        found["refused"] = str(error)
+    weights, found, distiller = run(strategy, callbacks)
+    if not callbacks:
+        found["nan"], after = run_with_nan(strategy)
+        np.savez(here / f"nan-{index}.npz", *after)
+        found |= count(distiller, here)
+        found |= refusals(distiller, index)
     np.savez(here / f"weights-{index}.npz", *weights)
     (here / f"found-{index}.json").write_text(json.dumps(found))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import tiny
 import keras_distill as kd
 from keras_distill.teachers import Cache
 from keras_distill.teachers.store import shards
+from keras_distill.teachers.store.building import Progress
 from keras_distill.teachers.store.rows import content_keys
 
 ROWS = 24
@@ -343,7 +347,7 @@ def test_each_view_is_shown_once_in_as_many_epochs(views, teacher):
     )
     assert np.array_equal(shown(views, VIEWS)["inputs"], seen[0])
     # Rows are not all at the same view.
-    places = [int(key) % VIEWS for key in views._shards.keys(0)]
+    places = [int(key) % VIEWS for key in views._lookup.shards.keys(0)]
     assert len(set(places)) == VIEWS
 
 
@@ -355,13 +359,41 @@ def test_knowledge_and_view_belong_together(views, teacher):
 
 
 def test_a_replayed_view_is_equal_to_the_last_bit(views):
-    stored = views._shards._mapped(0)[1]["view"]
+    stored = views._lookup.shards._mapped(0)[1]["view"]
     stored = {int(v) for v in stored}
     replayed = set()
     for epoch in range(VIEWS):
         replayed |= {int(k) for k in content_keys(shown(views, epoch)["inputs"])}
     assert replayed == stored
     assert len(stored) == VIEWS * ROWS
+
+
+def test_views_are_the_images_that_the_teacher_saw(tmp_path):
+    """To the last bit, with the functions of `tf.image`."""
+    images, _ = tiny.images(4)
+    seen = []
+
+    class Watched(kd.teachers.Model):
+        def __call__(self, x, *args):
+            tf.py_function(lambda x: seen.extend(x.numpy()), [x], [])
+            return super().__call__(x, *args)
+
+    def crop(image, seed):
+        image = tf.image.stateless_random_flip_left_right(image, seed)
+        image = tf.image.stateless_random_brightness(image, 0.3, seed)
+        wide = tf.image.resize(image, (11, 11), "bicubic")
+        return tf.image.stateless_random_crop(wide, image.shape, seed)
+
+    inputs = keras.Input(images.shape[1:])
+    outputs = keras.layers.Dense(3)(keras.layers.Flatten()(inputs))
+    teacher = Watched(keras.Model(inputs, outputs))
+    rows = data(images)
+    cache = Cache.build(teacher, rows, tmp_path, views=5, augment=crop)
+    told = {view.tobytes() for view in seen}
+    shown_views = [shown(cache, epoch, rows)["inputs"].numpy() for epoch in range(5)]
+    replayed = {view.tobytes() for views in shown_views for view in views}
+    assert len(replayed) == 20
+    assert replayed == told
 
 
 def test_a_view_is_a_function_of_row_and_epoch(views):
@@ -752,6 +784,42 @@ def test_a_full_disk(teacher, tmp_path):
             Cache.open(path)
     cache = Cache.build(teacher, data(), path, batch_size=2)
     assert np.array_equal(told(cache)[0], told(reference)[0])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_disk_that_is_full_in_the_middle_of_a_shard(teacher, tmp_path, monkeypatch):
+    write = shards.write_whole
+
+    def limited(path, parts):
+        if path.name != "shard-000002.bin":
+            return write(path, parts)
+
+        def until_full():
+            yield next(iter(parts))
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        return write(path, until_full())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_whole", limited)
+        with pytest.raises(OSError, match="could not be written .No space left"):
+            Cache.build(teacher, data(), tmp_path, batch_size=2)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"lock", "manifest.json", "shard-000000.bin", "shard-000001.bin"}
+    cache = Cache.build(teacher, data(), tmp_path, batch_size=2)
+    np.testing.assert_allclose(told(cache)[0], teacher(X), atol=2e-3)
+
+
+def test_the_bar_shows_the_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    bar = Progress(10**6)
+    bar.update(1)
+    time.sleep(0.06)
+    bar.update(100)
+    # At 0.06 seconds for 100 rows there are minutes left.
+    assert re.search(r"100/1000000.*\d+:\d\d", capsys.readouterr().out)
+    bar.close(100)
+    assert "100/100" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,9 @@ class Builder:
         done = per_shard * len(entries)
         compute = self._compute(codec, record)
         self._check_order(entries, record)
-        bar = Progress(self.rows.cardinality().numpy())
+        rest = self.rows.skip(done)
+        # Of what is left: rows that were there before would make the rate too high.
+        bar = Progress(rest.cardinality().numpy())
         keys: list[np.ndarray] = []
         records: list[np.ndarray] = []
 
@@ -221,14 +223,13 @@ class Builder:
             keys.clear()
             records.clear()
 
-        rest = self.rows.skip(done)
-        count = done
+        count = 0
         for batch in stream(rest, self.augment, self.views, self._rows_per_batch):
             keys.append(batch[0].numpy().view(KEY))
             records.append(compute(*batch))
             count += len(batch[0])
             bar.update(count)
-            if (count - done) % per_shard == 0:
+            if count % per_shard == 0:
                 flush()
         if keys:
             flush()
@@ -325,8 +326,9 @@ class Progress:
 
     def close(self, rows: int) -> None:
         """All rows are done."""
-        self._bar.target = rows
-        self._bar.update(rows, finalize=True)
+        if rows:
+            self._bar.target = rows
+            self._bar.update(rows, finalize=True)
 
 
 def asked_at(temperatures: Sequence[float]) -> float:

@@ -1,0 +1,169 @@
+"""Gradients: what is differentiated, what a policy makes of it, who gets it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_distill import distribute
+from keras_distill.heads import two_rows
+from keras_distill.links import children, reading, run_with_taps
+
+
+class Gradients:
+    """Mixed into the steps: from weighted losses to the optimizer."""
+
+    def _tape(self: Any) -> tf.GradientTape:
+        """A tape that records what is trained, and never a teacher."""
+        several = (
+            self._options["gradient_policy"] or self._options["log_gradient_share"]
+        )
+        return tf.GradientTape(bool(several), watch_accessed_variables=False)
+
+    def _groups(self: Any, losses: dict[str, Any]) -> list[Any]:
+        """What is differentiated: the total, or main and transfer for a policy."""
+        if not self._options["gradient_policy"]:
+            return [self.optimizer.scale_loss(tf.add_n(list(losses.values())))]
+        links = self.link_names
+        main = [loss for name, loss in losses.items() if name not in links]
+        transfer = [loss for name, loss in losses.items() if name in links]
+        return [
+            self.optimizer.scale_loss(tf.add_n(group) if group else tf.zeros(()))
+            for group in (main, transfer)
+        ]
+
+    @property
+    def link_names(self: Any) -> tuple[str, ...]:
+        """Terms that are transfer from links: see `gradient_policy`."""
+        return ()
+
+    @property
+    def compares_rows(self: Any) -> bool:
+        """Whether any loss compares the rows of a batch with each other."""
+        return False
+
+    def _apply(
+        self: Any,
+        groups: list[list[Any]],
+        variables: list[Any],
+        ok: Any,
+        optimizer: Any = None,
+    ) -> None:
+        optimizer = optimizer or self.optimizer
+        policy = self._options["gradient_policy"]
+        gradients = groups[0]
+        if policy or distribute.replicas() > 1:
+            # Policies and clipping see gradients without the loss scale.
+            scale = optimizer.scale_loss(tf.ones(()))
+            groups = [
+                [None if g is None else dense(g) / scale for g in group]
+                for group in groups
+            ]
+            gradients = groups[0]
+            if policy:
+                gradients = self._combined(policy, *groups, variables)
+            gradients = distribute.clip(optimizer, gradients)
+            gradients = [None if g is None else g * scale for g in gradients]
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            ok = None  # it skips such batches itself, and lowers its scale
+        distribute.apply(optimizer, gradients, variables, ok)
+
+    def _combined(
+        self: Any,
+        policy: Any,
+        main: list[Any],
+        transfer: list[Any],
+        variables: list[Any],
+    ) -> list[Any]:
+        """The student's gradients by the policy, those of adapters added.
+
+        The main task does not depend on an adapter: a policy that compares with it
+        would hold the adapter where it is.
+        """
+        own = {id(v) for v in self.student.trainable_variables}
+        mine = [i for i, v in enumerate(variables) if id(v) in own]
+        combined = [
+            t if m is None else m if t is None else m + t
+            for m, t in zip(main, transfer, strict=True)
+        ]
+        chosen = policy(
+            [main[i] for i in mine],
+            [transfer[i] for i in mine],
+            [variables[i] for i in mine],
+            self._epoch.value,
+        )
+        for i, gradient in zip(mine, chosen, strict=True):
+            combined[i] = gradient
+        return combined
+
+    def _log_gradient_shares(self: Any, tape: tf.GradientTape, losses: Any) -> None:
+        every = self._options["log_gradient_share"]
+        if not every:
+            return
+        names = [name for name in losses if name in self._terms]
+        values = values_of(self.student.trainable_variables)
+
+        def shares() -> Any:
+            norms = []
+            for name in names:
+                gradients = distribute.sum_gradients(
+                    tape.gradient(losses[name], values)
+                )
+                some = [dense(g) for g in gradients if g is not None]
+                norms.append(tf.linalg.global_norm(some) if some else tf.zeros(()))
+            return tf.math.divide_no_nan(tf.stack(norms), tf.add_n(norms))
+
+        due = tf.equal(tf.cast(self.optimizer.iterations, tf.int64) % every, 0)
+        if distribute.replicas() > 1:
+            found = shares()  # collectives cannot be inside a cond
+        else:
+            found = tf.cond(due, shares, lambda: tf.zeros(len(names)))
+        for index, name in enumerate(names):
+            weight = tf.cast(due, tf.float32)
+            self._logs.update(f"{name}_gradient_share", found[index], weight)
+
+    def _reached_by(self: Any, paths: list[str]) -> set[int]:
+        """Ids of the student's variables that the features at some layers depend on.
+
+        Found by differentiating the features of two rows, which works for any model:
+        trainable variables by their own gradient, others (statistics, states of random
+        generators) by that of their layer's outputs.
+        """
+        layers = list(self.student._flatten_layers(include_self=False))
+        trainable = self.student.trainable_variables
+        x = two_rows(self._student_spec)
+        with tf.GradientTape() as tape, reading(layers) as found:
+            tape.watch([t for t in keras.tree.flatten(x) if t.dtype.is_floating])
+            features = run_with_taps(self.student, x, paths, False)[1]
+            outputs = [
+                [
+                    tensor
+                    for tensor in keras.tree.flatten(found[id(layer)])
+                    if tf.is_tensor(tensor) and tensor.dtype.is_floating
+                ]
+                for layer in layers
+            ]
+        by_variable, by_layer = tape.gradient(
+            keras.tree.flatten(features),
+            ([distribute.first(v.value) for v in trainable], outputs),
+        )
+        reached = {
+            id(v)
+            for v, gradient in zip(trainable, by_variable, strict=True)
+            if gradient is not None
+        }
+        for layer, gradients in zip(layers, by_layer, strict=True):
+            if any(gradient is not None for gradient in gradients):
+                inner = {id(v) for child in children(layer) for v in child.variables}
+                reached |= {id(v) for v in layer.non_trainable_variables} - inner
+        return reached
+
+
+def values_of(variables: list[Any]) -> list[Any]:
+    return [variable.value for variable in variables]
+
+
+def dense(gradient: Any) -> Any:
+    return tf.convert_to_tensor(gradient)
