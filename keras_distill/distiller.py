@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,25 +11,21 @@ from keras import ops
 from keras_distill.base import RESERVED, BaseDistiller
 from keras_distill.comparing import agreement, apply_loss, positions
 from keras_distill.fitting import adapt, fit_link, resolved_link, taps_of, unique
-from keras_distill.heads import Head, find_heads, two_rows
 from keras_distill.links import (
     Link,
-    as_loss,
-    call_model,
     run_with_taps,
     show_layers,
     symbolic_run,
 )
-from keras_distill.losses.base import PACKAGE, DistillationLoss, check_positive, number
-from keras_distill.losses.response import SoftTarget
-from keras_distill.losses.tempered import LearnedTemperature
-from keras_distill.matching import Match, check_match, match_heads
+from keras_distill.losses.base import PACKAGE, DistillationLoss
+from keras_distill.remembering import Remembering
+from keras_distill.soft import SoftTerm
 from keras_distill.teachers.base import Absent, Model, Teacher, as_teacher
 from keras_distill.weighting import by_output
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class Distiller(BaseDistiller):
+class Distiller(SoftTerm, Remembering, BaseDistiller):
     r"""Trains a student to know what a teacher knows.
 
     The total is
@@ -129,84 +123,10 @@ class Distiller(BaseDistiller):
 
     # -- what is compared -----------------------------------------------------------
 
-    def _add_soft_term(self, soft_loss: Any, temperature: Any, beta: Any) -> None:
-        self._temperature: Any = None
-        self._matches: list[Match] = []
-        self._soft_loss = _soft_loss(soft_loss, temperature, beta)
-        loss = self._soft_loss
-        compares_logits = isinstance(loss, DistillationLoss)
-        if self.student_from_logits is not None and not compares_logits:
-            raise ValueError(
-                "`student_from_logits` has no effect with a soft loss that is not one "
-                f"of kd.losses. Received: {self.student_from_logits}"
-            )
-        if loss is None:
-            if self.output_weights:
-                raise ValueError("`output_weights` has no effect without a soft loss.")
-            return
-        if hasattr(loss, "temperature"):
-            self._temperature = self._own_temperature(loss.temperature)
-            loss.temperature = self._temperature
-        self.add_term("soft", 0.9 if beta is None else beta)
-        self._matches = self._match_outputs(compares_logits)
-        self._check_teacher(self.teacher)
-        if compares_logits:
-            for match in self._matches:
-                self.add_log(self._agreement_log(match))
-
-    def _own_temperature(self, temperature: Any) -> Any:
-        """A variable of this distiller, or the layer that learns one."""
-        if not isinstance(temperature, LearnedTemperature):
-            return self._scalar("temperature", number(temperature))
-        if not temperature.built:
-            temperature.build()
-        self.add_log("temperature")
-        return temperature
-
-    @property
-    def _learns_temperature(self) -> bool:
-        return isinstance(self._temperature, LearnedTemperature)
-
     def epoch_began(self, epoch: int, epochs: int) -> None:
         super().epoch_began(epoch, epochs)
         if self._learns_temperature:
             self._temperature.epoch_began(epoch)
-
-    def _check_teacher(self, teacher: Teacher) -> None:
-        """Raises ValueError if the soft loss asks for what a teacher does not have."""
-        teacher.check_loss(self._soft_loss)
-        if self._temperature is None:
-            teacher.check_temperature(1.0)
-        elif self._learns_temperature:
-            for value in self._temperature.reach:
-                teacher.check_temperature(value)
-        else:
-            teacher.check_temperature(number(self._temperature))
-
-    def _match_outputs(self, logits: bool) -> list[Match]:
-        flat = keras.tree.flatten(self._symbolic_outputs)
-        if logits:
-            students = find_heads(
-                self.student,
-                self._symbolic_outputs,
-                self.student_from_logits,
-                "student_from_logits",
-                lambda: call_model(self.student, two_rows(self._student_spec), False),
-            )
-            teachers = self.teacher.heads()
-        else:
-            students = [
-                Head(name, (None, *tuple(output.shape)[1:]))
-                for name, output in zip(self._names, flat, strict=True)
-            ]
-            teachers = Teacher.heads(self.teacher)
-        matches = match_heads(students, teachers, self.output_weights)
-        for match in matches:
-            check_match(match, self._soft_loss, logits)
-        return matches
-
-    def _agreement_log(self, match: Match) -> str:
-        return "agreement" if len(self._names) == 1 else f"{match.name}_agreement"
 
     def _add_links(self, links: Sequence[Link]) -> None:
         self.links: tuple[Link, ...] = ()
@@ -372,12 +292,6 @@ class Distiller(BaseDistiller):
         weights = ops.stack([self._terms[n].value for n in names])
         return ops.any(weights > 0)
 
-    @property
-    def _teacher_temperature(self) -> Any:
-        if self._temperature is None:
-            return 1.0
-        return self._temperature.value
-
     # -- properties -----------------------------------------------------------------
 
     @property
@@ -420,35 +334,6 @@ class Distiller(BaseDistiller):
             )
         self.train_function = None
 
-    @property
-    def temperature(self) -> Any:
-        """T of the soft loss, a variable or the layer that learns it."""
-        if self._temperature is None:
-            raise AttributeError("This distiller's soft loss has no temperature.")
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: Any) -> None:
-        check_positive("temperature", value)
-        self.teacher.check_temperature(number(value))
-        self.temperature.assign(number(value))
-
-    @property
-    def beta(self) -> Any:
-        """Weight of the soft loss, a variable."""
-        if "soft" not in self._terms:
-            raise AttributeError("This distiller has no soft loss.")
-        return self._terms["soft"]
-
-    @beta.setter
-    def beta(self, value: Any) -> None:
-        self._terms["soft"] = value
-
-    @property
-    def soft_loss(self) -> Any:
-        """The loss of the soft term, or None."""
-        return self._soft_loss
-
     def describe_term(self, name: str) -> dict[str, str]:
         if name == "soft":
             pairs = [f"{match.name} → {match.name}" for match in self._matches]
@@ -471,97 +356,6 @@ class Distiller(BaseDistiller):
                     "adapter parameters": f"{count:,}",
                 }
         return super().describe_term(name)
-
-    # -- saving ---------------------------------------------------------------------
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        serialize = keras.saving.serialize_keras_object
-        config["teacher"] = self._remembered_teacher()
-        config["soft_loss"] = serialize(self._soft_loss)
-        if self._soft_loss is not None:
-            config["beta"] = number(self.beta)
-        config["links"] = [
-            {
-                "student_layer": link.student_layer,
-                "teacher_layer": link.teacher_layer,
-                "loss": serialize(link.loss),
-                "weight": number(self._terms[link.name]),
-                "adapter": serialize(link.adapter),
-                "teacher_adapter": serialize(link.teacher_adapter),
-                "name": link.name,
-            }
-            for link in self.links
-        ]
-        return config | {"save_teacher": self.save_teacher}
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> Distiller:
-        config = dict(config)
-        teacher = Absent(config.pop("teacher"))
-        config = {
-            key: keras.saving.deserialize_keras_object(
-                value, custom_objects=custom_objects
-            )
-            for key, value in config.items()
-        }
-        config["links"] = [Link(**link) for link in config["links"]]
-        if not config["output_weights"]:
-            config["output_weights"] = None
-        return cls(teacher=teacher, **config)
-
-    def _remembered_teacher(self) -> dict[str, Any]:
-        teacher = self.teacher
-        if isinstance(teacher, Absent):
-            return teacher.memory
-        kinds = {match.teacher.name: match.teacher.kind for match in self._matches}
-        specs = teacher.tap_specs(self._teacher_taps) if self._teacher_taps else {}
-        return {
-            "names": list(teacher.names),
-            "shapes": [list(t.shape) for t in keras.tree.flatten(teacher.outputs)],
-            "kinds": [kinds.get(name, "logits") for name in teacher.names],
-            "taps": {tap: list(spec.shape) for tap, spec in specs.items()},
-            "fingerprint": teacher.fingerprint(),
-        }
-
-    def save_assets(self, dir_path: str) -> None:
-        super().save_assets(dir_path)
-        if self.save_teacher and isinstance(self.teacher, Model):
-            self.teacher.model.save(os.path.join(dir_path, "teacher.keras"))
-
-    def load_assets(self, dir_path: str) -> None:
-        super().load_assets(dir_path)
-        path = os.path.join(dir_path, "teacher.keras")
-        if os.path.exists(path):
-            self._set_teacher(Model(keras.saving.load_model(path, compile=False)))
-
-
-def _soft_loss(loss: Any, temperature: Any, beta: Any) -> Any:
-    """A copy of the soft loss, checked against the arguments that go with it."""
-    if loss is None:
-        for argument, value in (("temperature", temperature), ("beta", beta)):
-            if value is not None:
-                raise ValueError(
-                    f"`{argument}` has no effect with `soft_loss=None`. "
-                    f"Received: {value}"
-                )
-        return None
-    if isinstance(loss, str) and loss == "auto":
-        return SoftTarget(4.0 if temperature is None else temperature)
-    if temperature is not None:
-        raise ValueError(
-            "`temperature` belongs to `soft_loss='auto'`; another soft loss has its "
-            f"own, or none. Received: temperature={temperature}"
-        )
-    loss = copy.copy(as_loss(loss))
-    if not getattr(loss, "needs_teacher", True):
-        raise ValueError(
-            f"{type(loss).__name__} needs no teacher: use it with kd.TeacherFree, "
-            "or as the compiled loss."
-        )
-    return loss
 
 
 def _check_apart(student: keras.Model, teacher: Teacher) -> None:

@@ -139,8 +139,13 @@ def test_a_damaged_file_is_refused_and_the_one_before_is_used(tmp_path, rows):
     with pytest.warns(UserWarning, match="truncated or damaged.*before it is used"):
         fit(make_run(), rows, [kd.callbacks.Backup(path)])
 
-    path.write_bytes(b"something else")
     backup.previous.unlink()
+    damaged = bytearray(whole)
+    damaged[-9] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        fit(make_run(), rows, [kd.callbacks.Backup(path)])
+    path.write_bytes(b"something else")
     with pytest.raises(ValueError, match="not a backup of this library"):
         fit(make_run(), rows, [kd.callbacks.Backup(path)])
 

@@ -280,7 +280,7 @@ class Selection:
         axes = figure.add_subplot(grid[0, :])
         parts = [self.cost[self.keep], self.cost[~self.keep]]
         names = [f"kept ({len(parts[0])})", f"dropped ({len(parts[1])})"]
-        bins = np.histogram_bin_edges(self.cost, 50)
+        bins = np.histogram_bin_edges(self.cost, 50).tolist()
         for values, name, color in zip(parts, names, ["C0", "C3"], strict=True):
             axes.hist(values, bins, alpha=0.6, label=name, color=color)
         axes.set(yscale="log", xlabel="cost of keeping the row", ylabel="rows")

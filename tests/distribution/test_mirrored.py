@@ -231,6 +231,20 @@ def test_nan_on_the_last_replica_alone(strategy):
         np.testing.assert_allclose(variable.numpy(), wanted.numpy(), atol=1e-6)
 
 
+def test_several_steps_at_once_are_the_same(strategy):
+    """Five batches, two at a time."""
+    found = []
+    for steps in (1, 2):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            made = distiller()
+            made.compile("sgd", tiny.SPARSE, steps_per_execution=steps)
+        logs = made.fit(rows(4 * BATCH + 3), verbose=0).history
+        found.append((logs, tiny.values(made.trainable_variables)))
+    assert found[0][0] == found[1][0]
+    assert tiny.same(found[0][1], found[1][1])
+
+
 class Stop(keras.callbacks.Callback):
     """Stops a run after some batches."""
 

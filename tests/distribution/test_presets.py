@@ -1,4 +1,4 @@
-"""Every distiller with a teacher learns on two replicas what one device learns."""
+"""The presets learn on two replicas what one device learns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from offline import nets
 
 import keras_distill as kd
 
-KINDS = {name: kind for name, kind in nets.KINDS.items() if name != "contrastive"}
+KINDS = {  # the hint has a first stage, and is among those below
+    name: kind
+    for name, kind in nets.KINDS.items()
+    if name not in ("contrastive", "hint")
+}
 
 
 def net(width):
@@ -79,6 +83,14 @@ def test_presets(strategy, teacher, kind):
 def test_presets_with_a_first_stage(strategy, teacher, kind):
     build, _, width = nets.STAGED[kind]
     check_equal(strategy, build, teacher, width, hints=True)
+
+
+def test_an_ensemble(strategy, teacher):
+    def build(student, teacher):
+        link = kd.Link("relu3", "1/relu3", "mse", adapter="auto")
+        return kd.Distiller(student, [net(4), teacher], links=[link])
+
+    check_equal(strategy, build, teacher, 3)
 
 
 def test_teacher_free(strategy):
