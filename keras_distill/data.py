@@ -89,6 +89,7 @@ def per_epoch(
     ...     rows = tf.data.Dataset.range(4)
     ...     return rows.map(lambda i: tf.random.experimental.index_shuffle(i, seed, 3))
     >>> dataset = per_epoch(make)
+    >>> set_epoch(0)
     >>> first = list(dataset.as_numpy_iterator())
     >>> set_epoch(1)
     >>> second = list(dataset.as_numpy_iterator())

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The models are tiny: two processes with one thread each are faster than with two.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
 import pytest
 import tensorflow as tf
+
+collect_ignore = ["tuning_workers.py"]  # a script
 
 # Two replicas on one CPU, for tests/distribution: this must come before all else.
 tf.config.set_logical_device_configuration(

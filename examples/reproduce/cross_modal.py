@@ -249,7 +249,7 @@ def main() -> None:
     else:
         clips = spoken_digits(chosen.runs / "clips.npz")
         data = kd.datasets.load("mnist")
-    train = tuple(part[:10000] for part in data.train)
+    train = tuple(part[: 200 if chosen.smoke else 10000] for part in data.train)
     teacher = trained_teacher(train, epochs=3 if chosen.smoke else 5)
     said = teacher.predict(data.test[0], verbose=0).argmax(-1)
     experiment = Experiment(

@@ -99,7 +99,7 @@ def main() -> None:
     chosen = parser(__doc__.splitlines()[0], "ensemble", seeds=3).parse_args()
     few, both, test = load(chosen.smoke)
     seeds, width = (1, 4) if chosen.smoke else (chosen.seeds, 16)
-    long, short = (10, 4) if chosen.smoke else (60, 15)
+    long, short = (2, 1) if chosen.smoke else (60, 15)
     shape = few[0].shape[1:]
     experiment = Experiment(
         chosen,

@@ -550,7 +550,6 @@ def main() -> None:
     if chosen.smoke:
         epochs, seeds, depths, trials = 1, 1, (8, 8), 1
         only = only or ["soft targets (KD)", "attention (AT)"]
-        tf.config.run_functions_eagerly(True)  # one step is not worth a graph
         random = np.random.default_rng(0)
         data = {
             name: (random.random((32, 8, 8, 3), "float32"), random.integers(0, 10, 32))
