@@ -39,6 +39,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 # Docstrings of Keras's own methods belong to Keras's site.
 autodoc_inherit_docstrings = False
+napoleon_use_ivar = True  # fields of a named tuple are described once
 napoleon_custom_sections = [("Call arguments", "params_style")]
 
 html_theme = "pydata_sphinx_theme"

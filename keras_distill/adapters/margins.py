@@ -13,7 +13,7 @@ def margins(batch_normalization: keras.layers.BatchNormalization) -> Any:
     r"""Margins for `MarginReLU`: what the teacher's negative responses are on average.
 
     A channel that leaves batch normalization is taken as normal with mean β and
-    deviation |γ|; its margin is the mean of the negative part,
+    deviation `|γ|`; its margin is the mean of the negative part,
     `β - |γ| φ(β / |γ|) / Φ(-β / |γ|)`, or `-3 |γ|` where less than a thousandth of it
     is negative, as in the official code.
 

@@ -212,9 +212,10 @@ class Cache(Teacher):
             dataset: Elements `x`, `(x,)`, `(x, y)`, `(x, y, weight)`.
 
         Returns:
-            A data set of `({"inputs": x, "kd_teacher": {...}}, ...)` in the same order.
-            With views, `x` is the augmented one: each row shows another view in each
-            epoch of `fit`, all of them in turn.
+            A data set in the same order, in which a dictionary with the entries
+            `inputs` and `kd_teacher` takes the place of `x`. With views, the inputs
+            are the augmented ones: each row shows another view in each epoch of
+            `fit`, all of them in turn.
 
         Raises:
             ValueError: If the rows are not of the cache's kind, or `augment` does not

@@ -50,7 +50,9 @@ def select_transfer_set(
       least that probability. Every row needs a label.
     * `"graph"`: kept is the set `s` (1 to keep, 0 to drop) with the lowest energy
 
-          E(s) = Σ_i [s_i c_i + (1 - s_i) threshold] + Σ_ij w_ij |s_i - s_j|
+      ```
+      E(s) = Σ_i [s_i c_i + (1 - s_i) threshold] + Σ_ij w_ij |s_i - s_j|
+      ```
 
       The cost `c_i` is the distance of row i's embedding to the centre of its class, in
       units of the class's median distance, plus the share of its 8 nearest rows that
