@@ -192,7 +192,7 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
             keys = [*names, *(log for log in logs if log in self._logs)]
             return {key: ops.zeros((), "float32") for key in keys}
 
-        if self._options["across_replicas"]:
+        if self._collective:
             terms = compare()  # collectives cannot be inside a cond
         else:
             terms = ops.cond(self.term_active(names[0]), compare, nothing)
@@ -278,6 +278,11 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
     def compares_rows(self) -> bool:
         losses = [self._soft_loss, *(link.loss for link in self.links)]
         return any(getattr(loss, "across_batch", False) for loss in losses)
+
+    @property
+    def _collective(self) -> bool:
+        """Whether the terms need all replicas at once."""
+        return self._options["across_replicas"]
 
     @property
     def teacher_terms(self) -> list[str]:

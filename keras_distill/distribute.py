@@ -232,12 +232,19 @@ def share_of(x: Any) -> Share:
     rows = tf.cast(tf.shape(leaf)[0], tf.float32)
     count = replicas()
     total = all_reduce(rows) if count > 1 else rows
-    return Share(rows, total, count, all_reduce, lambda data: gather(data, rows))
+    return Share(
+        rows,
+        total,
+        count,
+        all_reduce,
+        lambda data: gather(data, rows),
+        lambda data: own_rows(data, rows),
+    )
 
 
 def alone() -> Share:
     """The share of a run outside of any step: one row on one device."""
-    return Share(tf.ones(()), tf.ones(()), 1, tf.identity, tf.identity)
+    return Share(tf.ones(()), tf.ones(()), 1, tf.identity, tf.identity, tf.identity)
 
 
 def gather(data: Any, rows: Any) -> Any:
@@ -250,12 +257,8 @@ def gather(data: Any, rows: Any) -> Any:
         data: Structure of tensors with this replica's rows first; None stays None.
         rows: How many rows are real (not padding), a scalar.
     """
-    here = tf.cast(rows, tf.int32)
-    index = tf.distribute.get_replica_context().replica_id_in_sync_group
-    counts = all_reduce(tf.one_hot(index, replicas(), dtype=tf.int32) * here)
-    before = tf.reduce_sum(tf.where(tf.range(replicas()) < index, counts, 0))
-    total = tf.reduce_sum(counts)
-    after = total - before - here
+    before, here, after = _place(rows)
+    total = before + here + after
 
     def everyone(tensor: Any) -> Any:
         if tensor is None:
@@ -278,6 +281,33 @@ def gather(data: Any, rows: Any) -> Any:
         return summed(tensor)
 
     return keras.tree.map_structure(everyone, data)
+
+
+def own_rows(data: Any, rows: Any) -> Any:
+    """A replica's rows of the global batch, where `gather` would put them.
+
+    Args:
+        data: Tensor with a row for each of all replicas' rows.
+        rows: How many rows are real here, a scalar; without any it is one of zeros.
+    """
+    before, here, _ = _place(rows)
+    missing = tf.cast(tf.equal(here, 0), tf.int32)
+    padding = [[0, missing]] + [[0, 0]] * (len(data.shape) - 1)
+    return tf.pad(data[before : before + here], padding)
+
+
+def _place(rows: Any) -> tuple[Any, Any, Any]:
+    """How many rows of the global batch are before, on and after this replica."""
+    here = tf.cast(rows, tf.int32)
+    index = tf.distribute.get_replica_context().replica_id_in_sync_group
+    counts = all_reduce(tf.one_hot(index, replicas(), dtype=tf.int32) * here)
+    before = tf.reduce_sum(tf.where(tf.range(replicas()) < index, counts, 0))
+    return before, here, tf.reduce_sum(counts) - before - here
+
+
+def assign_rows(variable: Any, index: Any, rows: Any) -> None:
+    """Overwrites some rows of a variable in place, on this replica."""
+    variable.value.scatter_update(tf.IndexedSlices(rows, index))
 
 
 def pad_empty(data: Any, share: Share) -> Any:

@@ -33,6 +33,7 @@ class Share:
         replicas: Number of replicas.
         all_reduce: Sums a tensor over the replicas.
         gather: Gives every replica the rows of all, in a structure of tensors.
+        own: This replica's rows of what has a row for each of all.
         logged: Names of the logs that this step updates.
     """
 
@@ -41,6 +42,7 @@ class Share:
     replicas: int
     all_reduce: Callable[[Any], Any]
     gather: Callable[[Any], Any]
+    own: Callable[[Any], Any]
     logged: set[str] = field(default_factory=set)
 
     @property
@@ -55,6 +57,15 @@ class Share:
 
 
 _current = threading.local()
+
+
+def mean_of_rows(values: Any) -> Any:
+    """The mean over the rows of the global batch, the same on every replica."""
+    share, mean = current_share(), ops.mean(values)
+    if share is None:
+        return mean
+    part = ops.cast(share.rows / share.total, mean.dtype)
+    return share.all_reduce(ops.where(part > 0, mean * part, 0))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from keras_distill.losses.base import PACKAGE
 from keras_distill.offline.memory import MemoryBank, check_count
 from keras_distill.offline.preset import labels_and_links, tap_shapes, two_layers
 from keras_distill.teachers.base import as_teacher
+from keras_distill.weighting import current_share
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -28,6 +29,9 @@ class ContrastiveDistiller(Distiller):
     `MemoryBank`); it is the sum of both directions. The memories follow the vectors
     with momentum. There is a soft term only if `beta` or `soft_loss` asks for one;
     `temperature` is this method's.
+
+    On several replicas there is one memory of all rows: each scores its own rows
+    against it, and all enter the vectors of the global batch.
 
     Data carry the position of each row in the training set: `x` is a dict with the
     integers `x["kd_index"]` beside the inputs, which the networks do not see. In
@@ -49,8 +53,8 @@ class ContrastiveDistiller(Distiller):
             `soft_loss=kd.losses.SoftTarget(4.0)`.
 
     Raises:
-        ValueError: If an argument is out of range, a layer gives no vectors, the data
-            have no index, or there are several replicas.
+        ValueError: If an argument is out of range, a layer gives no vectors, or the
+            data have no index.
 
     Example:
 
@@ -87,11 +91,6 @@ class ContrastiveDistiller(Distiller):
         check_count("negatives", negatives)
         teacher = as_teacher(teacher)
         super().__init__(student, teacher, **labels_and_links(options))
-        if self.distribute_strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                "ContrastiveDistiller trains on one replica: its memories hold what "
-                "one device has seen."
-            )
         shapes = tap_shapes(student, teacher, own, other, "embedding")
         self._taps = [paths_of(student, own, "embedding"), teacher.resolve(other)]
         self._student_taps = unique([*self._student_taps, self._taps[0]])
@@ -110,6 +109,14 @@ class ContrastiveDistiller(Distiller):
     @property
     def link_names(self) -> tuple[str, ...]:
         return (*super().link_names, "contrastive")
+
+    @property
+    def compares_rows(self) -> bool:
+        return True
+
+    @property
+    def _collective(self) -> bool:
+        return self.distribute_strategy.num_replicas_in_sync > 1
 
     def _adapted(self, features: dict[str, Any]) -> dict[str, Any]:
         own = self.student_head(features[self._taps[0]], training=True)
@@ -130,15 +137,24 @@ class ContrastiveDistiller(Distiller):
         indices = self._with_negatives(index)
         values = self.teacher_memory.contrast(own, indices)
         values = values + self.student_memory.contrast(known, indices)
+        vectors = (index, ops.stop_gradient(own), ops.stop_gradient(known))
+        share = current_share()
+        index, own, known = vectors if share is None else share.gather(vectors)
         self.student_memory.update(index, own)
         self.teacher_memory.update(index, known)
         return {"contrastive": self.mean(values, weight)}
 
     def _with_negatives(self, index: Any) -> Any:
-        """Each row's own position, then random others: `(B, 1 + K)`."""
-        shape = (ops.shape(index)[0], self.negatives)
+        """Each row's own position, then random others: `(B, 1 + K)`.
+
+        They are drawn for the global batch, so that its split does not matter.
+        """
+        share = current_share()
+        rows = ops.shape(index)[0] if share is None else ops.cast(share.total, "int32")
         last = self.student_memory.num_samples - 1
+        shape = (rows, self.negatives)
         others = keras.random.randint(shape, 0, last, seed=self.seed_generator)
+        others = others if share is None else share.own(others)
         own = ops.expand_dims(index, -1)
         others = others + ops.cast(others >= own, others.dtype)
         return ops.concatenate([own, others], -1)

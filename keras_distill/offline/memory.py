@@ -8,8 +8,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_distill.distribute import assign_rows
 from keras_distill.grids import normalize
 from keras_distill.losses.base import PACKAGE, check_positive
+from keras_distill.weighting import mean_of_rows
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -94,7 +96,7 @@ class MemoryBank(keras.Layer):
         products = ops.squeeze(ops.matmul(vectors, embedding[:, :, None]), -1)
         scores = ops.exp(products / self.temperature)
         scale = self.scale.value
-        fresh = ops.stop_gradient(ops.mean(scores)) * self.num_samples
+        fresh = ops.stop_gradient(mean_of_rows(scores)) * self.num_samples
         scale = ops.where(scale > 0, scale, fresh)
         self.scale.assign(scale)
         scores = scores / scale
@@ -107,14 +109,13 @@ class MemoryBank(keras.Layer):
         """Moves the memory of some samples towards their embeddings.
 
         Args:
-            index: Integers `(B,)`.
+            index: Integers `(B,)`; on several replicas the rows of all of them.
             embedding: Unit vectors `(B, size)`.
         """
         old = ops.take(self.memory.value, index, axis=0)
         new = self.momentum * old + (1 - self.momentum) * ops.cast(embedding, old.dtype)
         new = normalize(ops.stop_gradient(new))
-        # TensorFlow's variables do this in place: the memory may hold millions of rows.
-        self.memory.value.scatter_nd_update(ops.expand_dims(index, -1), new)
+        assign_rows(self.memory, index, new)  # in place: there may be millions
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -98,7 +98,8 @@ class Running:
                 callbacks=callbacks,
                 validation_split=validation_split,
                 validation_data=validation_data,
-                shuffle=shuffle,
+                # The default means arrays; of a data set Keras would warn of it.
+                shuffle=shuffle and not isinstance(x, tf.data.Dataset),
                 **kwargs,
             )
 
