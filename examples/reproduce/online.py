@@ -7,14 +7,19 @@ same initial weights and with the same batches:
 * the plain network, and born-again generations after it (BAN, 3 in all);
 * an on-the-fly native ensemble of 3 branches that part before the last stage (ONE);
 * two networks that teach each other (DML), updated together;
-* the network with two exits that it teaches itself (BYOT).
+* the network with two exits that it teaches itself (BYOT);
+* ONE without its gate (a plain mean of logits), without sharing (the branches part at
+  the image), and without soft targets;
+* the plain network with smoothed labels (0.1), a confidence penalty (0.1), and a
+  virtual teacher (Tf-KD).
 
 SGD with Nesterov momentum 0.9, rate 0.1 falling to 0 as a cosine, L2 of 5e-4 / 2 on all
 kernels, batches of 128, 100 epochs, mirrored images; accuracy is that of the last epoch
 on the 10,000 test images. Every method's result is written as soon as it is there, to
-docs/results/online_pilot.json: the same command goes on where a run was interrupted.
+docs/results/online.json: the same command goes on where a run was interrupted.
 
-    TFDS_DATA_DIR=... python examples/reproduce/online_pilot.py [--seeds 3] [--smoke]
+    TFDS_DATA_DIR=... python examples/reproduce/online.py [--seeds 5]
+        [--methods BAN ONE DML BYOT] [--smoke]
 """
 
 from __future__ import annotations
@@ -34,8 +39,7 @@ from models import resnet
 import keras_distill as kd
 
 BATCH = 128
-METHODS = ("BAN", "ONE", "DML", "BYOT")  # BAN's first generation is the plain net
-PLAIN = "BAN: plain"
+PLAIN = "BAN: plain"  # the first generation
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -83,7 +87,38 @@ def batches(train: Arrays, seed: int) -> tf.data.Dataset:
     return kd.data.per_epoch(make, seed=seed).prefetch(2)
 
 
-class Pilot:
+@keras.saving.register_keras_serializable(package="online")
+class SmoothedLabels(keras.losses.CategoricalCrossentropy):
+    """Keras's label smoothing, for integers."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        options = {"from_logits": True, "label_smoothing": 0.1} | kwargs
+        super().__init__(**options)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        classes = keras.ops.cast(keras.ops.reshape(y_true, (-1,)), "int32")
+        return super().call(keras.ops.one_hot(classes, y_pred.shape[-1]), y_pred)
+
+
+@keras.saving.register_keras_serializable(package="online")
+class Equal(keras.layers.Layer):
+    """A gate that gives every branch the same weight, whatever it sees."""
+
+    def __init__(self, branches: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.branches = branches
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.ones((keras.ops.shape(x)[0], self.branches)) / self.branches
+
+    def compute_output_shape(self, shape: tuple) -> tuple:
+        return (shape[0], self.branches)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "branches": self.branches}
+
+
+class Methods:
     """Trains one method after the other, for one seed.
 
     Attributes:
@@ -96,17 +131,11 @@ class Pilot:
         self._seed, self._epochs = seed, epochs
         self._train, self._test, self._size = batches(train, seed), test, len(train[1])
         self._folder = folder / f"seed_{seed}"
-        self._run: dict[str, Callable[[], dict[str, float]]] = {
-            "BAN": self._born_again,
-            "ONE": self._one,
-            "DML": self._mutual,
-            "BYOT": self._exits,
-        }
 
     def run(self, method: str) -> dict[str, float]:
         """Test accuracies by name."""
         keras.utils.set_random_seed(self._seed)
-        return self._run[method]()
+        return METHODS[method](self)
 
     def _network(self, number: int = 0) -> keras.Model:
         """ResNet-14 with L2 on its kernels; number 0 is the plain network's start."""
@@ -120,24 +149,30 @@ class Pilot:
 
         return keras.models.clone_model(model, clone_function=regularized)
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, loss: keras.losses.Loss | None = None) -> dict[str, Any]:
         steps = self._epochs * -(-self._size // BATCH)
         rate = keras.optimizers.schedules.CosineDecay(0.1, steps)
         return {
             "optimizer": keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
-            "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            "loss": loss
+            or keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         }
 
-    def _trained(self, distiller: kd.BaseDistiller, method: str) -> dict[str, float]:
+    def _trained(
+        self,
+        distiller: kd.BaseDistiller,
+        method: str,
+        loss: keras.losses.Loss | None = None,
+    ) -> dict[str, float]:
         """Trains a distiller; returns its own accuracies on the test images."""
-        distiller.compile(**self._options(), metrics=["accuracy"])
+        distiller.compile(**self._options(loss), metrics=["accuracy"])
         backup = kd.callbacks.Backup(self._folder / f"{method}.backup")
         distiller.fit(self._train, epochs=self._epochs, callbacks=[backup], verbose=0)
         x, y = self._test
         logs = distiller.evaluate(x, y, batch_size=500, verbose=0, return_dict=True)
         return {k: float(v) for k, v in logs.items() if k.endswith("accuracy")}
 
-    def _born_again(self) -> dict[str, float]:
+    def born_again(self) -> dict[str, float]:
         numbers = iter(range(3))
         done = len(list((self._folder / "BAN").glob("generation_?.keras")))
         for _ in range(done):  # every generation its own start, also when it goes on
@@ -163,14 +198,20 @@ class Pilot:
         found["ensemble of 3"] = np.logaddexp.reduce(log_p)
         return {k: float(np.mean(z.argmax(-1) == y)) for k, z in found.items()}
 
-    def _one(self) -> dict[str, float]:
-        ensemble = kd.OneEnsemble.from_model(
-            self._network(),
-            split_at="stage2",
-            num_branches=3,
-            ramp_up=round(0.27 * self._epochs),
-        )
-        logs = self._trained(ensemble, "ONE")
+    def one(
+        self, name: str = "ONE", shared: bool = True, **changes: Any
+    ) -> dict[str, float]:
+        options = {"ramp_up": round(0.27 * self._epochs)} | changes
+        if shared:
+            network = self._network()
+            ensemble = kd.OneEnsemble.from_model(network, "stage2", 3, **options)
+        else:
+            image = keras.Sequential(
+                [keras.Input((16, 16, 3)), keras.layers.Identity()]
+            )
+            networks = [self._network(number) for number in range(3)]
+            ensemble = kd.OneEnsemble(image, networks, **options)
+        logs = self._trained(ensemble, name)
         branches = [logs[f"branch_{i}_accuracy"] for i in range(3)]
         return {
             "mean branch": statistics.mean(branches),
@@ -178,7 +219,7 @@ class Pilot:
             "ensemble": logs["ensemble_accuracy"],
         }
 
-    def _mutual(self) -> dict[str, float]:
+    def mutual(self) -> dict[str, float]:
         mutual = kd.MutualLearning(
             [self._network(0), self._network(1)], updates="together"
         )
@@ -191,19 +232,47 @@ class Pilot:
             "mean of both": logs["accuracy"],
         }
 
-    def _exits(self) -> dict[str, float]:
+    def exits(self) -> dict[str, float]:
         exits = kd.BeYourOwnTeacher.from_model(
             self._network(), exits=["stage1", "stage2"], alpha=0.3
         )
         logs = self._trained(exits, "BYOT")
         return {f"exit {i}": logs[f"exit_{i}_accuracy"] for i in range(3)}
 
+    def penalized(self) -> dict[str, float]:
+        penalty = kd.losses.ConfidencePenalty(0.1)
+        plain = kd.BaseDistiller(self._network())
+        return {"network": self._trained(plain, "penalty", penalty)["accuracy"]}
+
+    def smoothed(self) -> dict[str, float]:
+        smooth = kd.BaseDistiller(self._network())
+        loss = SmoothedLabels()
+        return {"network": self._trained(smooth, "smoothing", loss)["accuracy"]}
+
+    def virtual(self) -> dict[str, float]:
+        taught = kd.TeacherFree(self._network())
+        return {"network": self._trained(taught, "Tf-KD")["accuracy"]}
+
+
+METHODS: dict[str, Callable[[Methods], dict[str, float]]] = {
+    "BAN": Methods.born_again,
+    "ONE": Methods.one,
+    "DML": Methods.mutual,
+    "BYOT": Methods.exits,
+    "ONE, no gate": lambda m: m.one("no_gate", gate=Equal(3)),
+    "ONE, no sharing": lambda m: m.one("no_sharing", shared=False),
+    "ONE, no soft targets": lambda m: m.one("no_soft", soft_weight=0.0),
+    "label smoothing": Methods.smoothed,
+    "confidence penalty": Methods.penalized,
+    "Tf-KD": Methods.virtual,
+}
+
 
 def main() -> None:
     """Runs what is missing in the result file."""
-    options = parser(__doc__.splitlines()[0], "online_pilot", seeds=3)
+    options = parser(__doc__.splitlines()[0], "online", seeds=5)
     options.add_argument("--epochs", type=int, default=100)
-    options.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     chosen = options.parse_args()
     epochs, seeds = (1, 1) if chosen.smoke else (chosen.epochs, chosen.seeds)
     if chosen.smoke:
@@ -216,23 +285,23 @@ def main() -> None:
         train, test = images(chosen.runs / "images.npz")
     experiment = Experiment(
         chosen,
-        "online_pilot",
+        "online",
         "Learning without a teacher model, where a network over-fits",
         {
             "network": "ResNet-14, 16 wide",
             "images": f"{len(train[1])} of 16 x 16 x 3",
             "epochs": epochs,
-            "command": f"python examples/reproduce/online_pilot.py --epochs {epochs}",
+            "command": f"python examples/reproduce/online.py --epochs {epochs}",
         },
         lambda rows: means(rows, "accuracy %", PLAIN),
     )
     for seed in range(seeds):
-        pilot = Pilot(train, test, seed, epochs, experiment.folder)
+        trainer = Methods(train, test, seed, epochs, experiment.folder)
         for method in chosen.methods:
             if experiment.has(method, seed):
                 continue
             start = time.perf_counter()
-            found = pilot.run(method)
+            found = trainer.run(method)
             seconds = round(time.perf_counter() - start)
             experiment.add(
                 method,
