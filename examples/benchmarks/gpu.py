@@ -2,7 +2,8 @@
 
 Where there is no GPU it says so, and runs on logical devices of the CPU.
 
-* Equality: the weights of every distiller after ten steps on n devices, against one.
+* Equality: the weights of every distiller after ten steps on n devices, against one;
+  where there is no GPU, also on two worker processes.
 * Time: a distillation step on n devices beside its floor, a plain step of the student
   and the teacher's forward pass; in float32, mixed_float16, mixed_bfloat16, and
   compiled by XLA (with a strategy only on GPUs).
@@ -90,6 +91,18 @@ DISTILLERS: dict[str, Callable[[keras.Model, keras.Model], keras.Model]] = {
     "ActivationBoundaryDistiller": lambda s, t: kd.ActivationBoundaryDistiller(
         s, t, GRIDS
     ),
+    "ContrastiveDistiller": lambda s, t: kd.ContrastiveDistiller(
+        s,
+        t,
+        embedding=("embedding", "embedding"),
+        num_samples=STEPS * BATCH,
+        embedding_dim=8,
+        negatives=32,
+    ),
+    "ReusedTeacherClassifier": lambda s, t: kd.ReusedTeacherClassifier(
+        s, t, features=("grid2", "grid2")
+    ),
+    "InheritExplore": lambda s, t: kd.InheritExplore(s, t, features=("grid2", "grid2")),
     "TeacherFree": lambda s, t: kd.TeacherFree(s),
     "OneEnsemble": lambda s, t: kd.OneEnsemble.from_model(s, "grid1", num_branches=2),
     "BeYourOwnTeacher": lambda s, t: kd.BeYourOwnTeacher.from_model(s, ["grid1"]),
@@ -105,8 +118,12 @@ def weights_after_steps(strategy: tf.distribute.Strategy, name: str) -> np.ndarr
     y = random.integers(0, 10, len(x))
     y[: BATCH // 2] = -1  # no labels on one replica
     teacher = network()
+    inputs = {"image": x, "kd_index": np.arange(len(x))}
     with strategy.scope():
         made = DISTILLERS[name](network(), teacher)
+        for layer in made._flatten_layers():  # those of adapters too
+            if isinstance(layer, layers.BatchNormalization):
+                layer.synchronized = True
         several = strategy.num_replicas_in_sync > 1
         made.compile(
             keras.optimizers.SGD(0.01, momentum=0.9, global_clipnorm=1.0),
@@ -114,6 +131,7 @@ def weights_after_steps(strategy: tf.distribute.Strategy, name: str) -> np.ndarr
             jit_compile=False,
             across_replicas=several and made.compares_rows,
         )
+    x = inputs if isinstance(made, kd.ContrastiveDistiller) else x
     made.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
     return np.concatenate([v.numpy().ravel() for v in made.trainable_variables])
 
@@ -220,9 +238,18 @@ def main() -> None:
             with Crew(1, work, folder / "errors") as crew:
                 crew.wait()
             key = f"{devices} device{'s' * (devices > 1)}"
-            with np.load(folder / f"{devices}.npz") as file:
-                weights[key] = dict(file)
+            weights[key] = _loaded(folder / f"{devices}.npz")
             times[key] = json.loads((folder / f"{devices}.json").read_text())
+        if not gpus and not options.smoke:
+
+            def learn(index: int) -> None:
+                strategy = choose_strategy(1)
+                found = {n: weights_after_steps(strategy, n) for n in names}
+                np.savez(folder / f"worker_{index}.npz", **found)
+
+            with Crew(2, learn, folder / "errors") as crew:
+                crew.wait()
+            weights["2 workers"] = _loaded(folder / "worker_0.npz")
 
     one = weights.pop("1 device")
     result: dict[str, Any] = {
@@ -267,6 +294,11 @@ def main() -> None:
     worst = max(v for row in list(result.values())[1].values() for v in row.values())
     if worst > 1e-5:
         raise SystemExit("The devices do not learn the same.")
+
+
+def _loaded(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
 
 
 def _floor(seconds: dict[str, list[float]]) -> list[float]:

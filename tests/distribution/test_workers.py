@@ -73,6 +73,10 @@ def test_workers_equal_one_process(workers, one_process):
         for name, values in expected["history"].items():
             assert logs["history"][name] == pytest.approx(values, rel=1e-5), name
         assert logs["evaluate"] == pytest.approx(expected["evaluate"], rel=1e-4)
+        # Every worker has all rows, in order.
+        np.testing.assert_allclose(
+            logs["predict"], expected["predict"], rtol=1e-3, atol=1e-5
+        )
 
 
 def test_nan_on_the_last_worker_alone_stops_nobody(workers, one_process):
@@ -108,13 +112,18 @@ def test_only_the_chief_writes(workers):
     assert len((directory / "log.csv").read_text().splitlines()) == 2
 
 
-def test_workers_with_different_weights_are_refused(workers):
-    count = len(workers[0])
-    others = [*range(1, count)]
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("versions", "versions of Keras or TensorFlow"),
+        ("values", "values of the variables"),
+    ],
+)
+def test_workers_that_differ_are_refused(workers, kind, what):
+    others = [*range(1, len(workers[0]))]
     for _, logs in workers[0]:
-        assert (
-            f"different values of the variables: replicas {others}" in (logs["refused"])
-        )
+        assert f"ValueError: The workers begin with different {what}" in logs[kind]
+        assert f"replicas {others} differ from replica 0" in logs[kind]
 
 
 def test_keras_itself_cannot_yet(workers):

@@ -113,6 +113,8 @@ def run(strategy, callbacks=()):
     found["evaluate"] = distiller.evaluate(
         x, y, batch_size=BATCH, verbose=0, return_dict=True
     )
+    rows = distiller.predict(x, batch_size=BATCH, verbose=0)
+    found["predict"] = np.asarray(rows).tolist()
     return values(distiller), found, distiller
 
 
@@ -175,9 +177,13 @@ def refusals(distiller, index):
         plain = network(4)
         plain.compile("sgd", "mse")
     found = {"keras": error_of(plain.fit, x, y.astype("float32"), batch_size=BATCH)}
+    version = keras.__version__
+    keras.__version__ = f"{version}.dev{index}"
+    found["versions"] = error_of(distiller.fit, x, y, batch_size=BATCH)
+    keras.__version__ = version
     if index:
         distiller.student.trainable_variables[0].assign(np.ones((4, 4)))
-    found["refused"] = error_of(distiller.fit, x, y, batch_size=BATCH)
+    found["values"] = error_of(distiller.fit, x, y, batch_size=BATCH)
     return found
 
 
