@@ -197,6 +197,11 @@ def test_a_fingerprint_is_of_weights_and_architecture():
         for w, c in (([1.0], "arithmetic"), ([1.0], "geometric"))
     ]
     assert ensembles[0] != ensembles[1]
+    readers = [
+        kd.teachers.Model(tiny.teacher(), inputs=inputs).fingerprint()
+        for inputs in (None, "left", "right", np.negative)
+    ]
+    assert len(set(readers)) == 4
 
 
 def test_an_absent_teacher_remembers_what_is_needed():

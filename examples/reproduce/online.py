@@ -126,9 +126,15 @@ class Methods:
     """
 
     def __init__(
-        self, train: Arrays, test: Arrays, seed: int, epochs: int, folder: Path
+        self,
+        train: Arrays,
+        test: Arrays,
+        depth: int,
+        seed: int,
+        epochs: int,
+        folder: Path,
     ) -> None:
-        self._seed, self._epochs = seed, epochs
+        self._depth, self._seed, self._epochs = depth, seed, epochs
         self._train, self._test, self._size = batches(train, seed), test, len(train[1])
         self._folder = folder / f"seed_{seed}"
 
@@ -138,8 +144,9 @@ class Methods:
         return METHODS[method](self)
 
     def _network(self, number: int = 0) -> keras.Model:
-        """ResNet-14 with L2 on its kernels; number 0 is the plain network's start."""
-        model = resnet(14, 16, input_shape=(16, 16, 3), seed=100 * number + self._seed)
+        """A network with L2 on its kernels; number 0 is the plain network's start."""
+        seed = 100 * number + self._seed
+        model = resnet(self._depth, 16, input_shape=(16, 16, 3), seed=seed)
 
         def regularized(layer: keras.Layer) -> keras.Layer:
             config = layer.get_config()
@@ -275,11 +282,12 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     chosen = options.parse_args()
     epochs, seeds = (1, 1) if chosen.smoke else (chosen.epochs, chosen.seeds)
+    depth = 8 if chosen.smoke else 14
     if chosen.smoke:
         random = np.random.default_rng(0)
         train, test = (
             (random.random((n, 16, 16, 3), "float32"), random.integers(0, 10, n))
-            for n in (64, 500)
+            for n in (16, 50)
         )
     else:
         train, test = images(chosen.runs / "images.npz")
@@ -288,7 +296,7 @@ def main() -> None:
         "online",
         "Learning without a teacher model, where a network over-fits",
         {
-            "network": "ResNet-14, 16 wide",
+            "network": f"ResNet-{depth}, 16 wide",
             "images": f"{len(train[1])} of 16 x 16 x 3",
             "epochs": epochs,
             "command": f"python examples/reproduce/online.py --epochs {epochs}",
@@ -296,7 +304,7 @@ def main() -> None:
         lambda rows: means(rows, "accuracy %", PLAIN),
     )
     for seed in range(seeds):
-        trainer = Methods(train, test, seed, epochs, experiment.folder)
+        trainer = Methods(train, test, depth, seed, epochs, experiment.folder)
         for method in chosen.methods:
             if experiment.has(method, seed):
                 continue

@@ -57,7 +57,7 @@ class Teacher(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the teacher's architecture or weights change."""
+        """Changes with the architecture, the weights, and what of `x` is read."""
 
     @abc.abstractmethod
     def tap_specs(self, taps: Sequence[str]) -> dict[str, Any]:
@@ -148,7 +148,13 @@ class Model(Teacher):
         return run_with_taps(self.model, x, taps, False)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.model)
+        own = fingerprint(self.model)
+        if self.inputs is None:
+            return own
+        read = self.inputs
+        if callable(read):
+            read = f"{read.__module__}.{read.__qualname__}"
+        return hashlib.sha256(f"{own} {read!r}".encode()).hexdigest()
 
     def resolve(self, layer: Any) -> Any:
         return paths_of(self.model, layer, "teacher_layer")
