@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import scripts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def _run(script, *arguments):
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / script, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def test_quickstart(tmp_path):
-    printed = _run("quickstart.py", "--smoke", "--out", os.fspath(tmp_path))
+def test_quickstart(tmp_path, capsys):
+    scripts.run("quickstart.py", "--smoke", "--out", tmp_path)
+    printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())
     names = ["teacher", "student alone", "student distilled"]
     assert [row["name"] for row in rows] == names
@@ -42,7 +32,7 @@ def test_quickstart(tmp_path):
 @pytest.mark.parametrize("script", ["import_time.py", "step_time.py"])
 def test_benchmark(script, tmp_path):
     out = tmp_path / "result.json"
-    _run(f"benchmarks/{script}", "--smoke", "--out", os.fspath(out))
+    scripts.run(f"benchmarks/{script}", "--smoke", "--out", out)
     assert {"title", "setting", "machine"} <= set(json.loads(out.read_text()))
 
 

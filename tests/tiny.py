@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from unittest import mock
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -112,3 +115,13 @@ class Counting(keras.layers.Layer):
 
     def compute_output_spec(self, x, training=None):
         return keras.KerasTensor(x.shape, x.dtype)
+
+
+def loaded_without_package(path):
+    """A model from a file, as where keras_distill is not installed."""
+    own = [name for name in sys.modules if name.partition(".")[0] == "keras_distill"]
+    with (
+        mock.patch.dict(keras.saving.get_custom_objects(), clear=True),
+        mock.patch.dict(sys.modules, dict.fromkeys(own)),  # an import would fail
+    ):
+        return keras.saving.load_model(path)
