@@ -106,7 +106,7 @@ def main() -> None:
     options = parser("What a distillation step costs.", "step_time").parse_args()
     depths, width, batch, rounds = (40, 16), 2, 64, options.rounds or 40
     if options.smoke:
-        depths, width, batch, rounds = (16, 10), 1, 8, options.rounds or 2
+        depths, width, batch, rounds = (10, 10), 1, 4, options.rounds or 1
     keras.utils.set_random_seed(0)
     random = np.random.default_rng(0)
     x = random.random((batch, 32, 32, 3), "float32")
