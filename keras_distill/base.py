@@ -22,7 +22,7 @@ from keras_distill.links import (
     symbolic_run,
 )
 from keras_distill.logs import Logs
-from keras_distill.losses.base import PACKAGE, number, reduce_values
+from keras_distill.losses.base import PACKAGE, check_positive, number, reduce_values
 from keras_distill.matching import weights_by_output
 from keras_distill.steps_tensorflow import Steps
 from keras_distill.tables import text_table
@@ -98,6 +98,7 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         student_spec = input_spec(student)
         super().__init__(name=name)
         self._check_scope(student)
+        self._temperature: Any = None
         self.student = student
         self.student_inputs = student_inputs
         self.student_from_logits = student_from_logits
@@ -219,6 +220,22 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
     @alpha.setter
     def alpha(self, value: Any) -> None:
         self._terms["hard"] = value
+
+    @property
+    def temperature(self) -> Any:
+        """T of what is softened, a variable or the layer that learns it."""
+        if self._temperature is None:
+            raise AttributeError(f"This {type(self).__name__} has no temperature.")
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: Any) -> None:
+        check_positive("temperature", value)
+        self._check_temperature(number(value))
+        self.temperature.assign(number(value))
+
+    def _check_temperature(self, value: float) -> None:
+        """Raises ValueError for a temperature that cannot be used."""
 
     @property
     def output_names(self) -> list[str]:

@@ -9,7 +9,7 @@ import keras
 
 from keras_distill.heads import Head, find_heads, two_rows
 from keras_distill.links import as_loss, call_model
-from keras_distill.losses.base import DistillationLoss, check_positive, number
+from keras_distill.losses.base import DistillationLoss, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.losses.tempered import LearnedTemperature
 from keras_distill.matching import Match, check_match, match_heads
@@ -20,7 +20,6 @@ class SoftTerm:
     """Mixed into `Distiller`: what it does with the teacher's outputs."""
 
     def _add_soft_term(self: Any, soft_loss: Any, temperature: Any, beta: Any) -> None:
-        self._temperature: Any = None
         self._matches: list[Match] = []
         self._soft_loss = checked_soft_loss(soft_loss, temperature, beta)
         loss = self._soft_loss
@@ -99,18 +98,8 @@ class SoftTerm:
             return 1.0
         return self._temperature.value
 
-    @property
-    def temperature(self: Any) -> Any:
-        """T of the soft loss, a variable or the layer that learns it."""
-        if self._temperature is None:
-            raise AttributeError("This distiller's soft loss has no temperature.")
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self: Any, value: Any) -> None:
-        check_positive("temperature", value)
-        self.teacher.check_temperature(number(value))
-        self.temperature.assign(number(value))
+    def _check_temperature(self: Any, value: float) -> None:
+        self.teacher.check_temperature(value)
 
     @property
     def beta(self: Any) -> Any:

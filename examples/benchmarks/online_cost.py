@@ -105,7 +105,7 @@ def main() -> None:
         }
         | {"operations": ratio, "to reach": 1.1 * ratio}
     }
-    for name in cases:
+    for name in list(cases)[1:]:
         ratios[f"({name}) / (whole network)"] = {
             clock: median_ratio(exits[name][clock], exits["whole network"][clock])
             for clock in ("wall", "cpu")

@@ -230,16 +230,6 @@ class MutualLearning(BaseDistiller):
         """The networks' optimizers, in the same order."""
         return list(self.optimizer.members)
 
-    @property
-    def temperature(self) -> Any:
-        """T of the divergence, a variable."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: Any) -> None:
-        check_positive("temperature", value)
-        self._temperature.assign(number(value))
-
     def get_config(self) -> dict[str, Any]:
         networks = [keras.saving.serialize_keras_object(n) for n in self.networks]
         return {

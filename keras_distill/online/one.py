@@ -230,16 +230,6 @@ class OneEnsemble(BaseDistiller):
         shared = call_model(network.stem, x, False)
         return call_model(network.gate, shared, False)
 
-    @property
-    def temperature(self) -> Any:
-        """T of the divergence, a variable."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: Any) -> None:
-        check_positive("temperature", value)
-        self._temperature.assign(number(value))
-
     # -- what is deployed -----------------------------------------------------------
 
     def deploy(self, which: int | str) -> keras.Model:

@@ -193,16 +193,6 @@ class BeYourOwnTeacher(BaseDistiller):
         squares = [ops.sum(ops.square(own - teacher), -1) for own in shallow]
         return self.mean(ops.sum(ops.stack(squares), 0), sample_weight)
 
-    @property
-    def temperature(self) -> Any:
-        """T of the divergence, a variable."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: Any) -> None:
-        check_positive("temperature", value)
-        self._temperature.assign(number(value))
-
     # -- prediction -----------------------------------------------------------------
 
     def predict(

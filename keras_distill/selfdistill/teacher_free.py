@@ -11,7 +11,7 @@ from keras import ops
 from keras_distill.base import BaseDistiller
 from keras_distill.heads import find_heads, two_rows
 from keras_distill.links import call_model
-from keras_distill.losses.base import PACKAGE, DistillationLoss, check_positive, number
+from keras_distill.losses.base import PACKAGE, DistillationLoss, number
 from keras_distill.losses.regularization import VirtualTeacher
 from keras_distill.terms import Counted
 
@@ -94,7 +94,6 @@ class TeacherFree(BaseDistiller):
             name=name,
         )
         self._regularizer = copy.copy(regularizer)
-        self._temperature = None
         if hasattr(regularizer, "temperature"):
             value = number(regularizer.temperature)
             self._temperature = self._scalar("temperature", value)
@@ -132,18 +131,6 @@ class TeacherFree(BaseDistiller):
     def regularizer(self) -> DistillationLoss:
         """The loss of labels and logits."""
         return self._regularizer
-
-    @property
-    def temperature(self) -> Any:
-        """T of the regularizer, a variable."""
-        if self._temperature is None:
-            raise AttributeError("This regularizer has no temperature.")
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: Any) -> None:
-        check_positive("temperature", value)
-        self.temperature.assign(number(value))
 
     @property
     def beta(self) -> Any:
