@@ -119,11 +119,7 @@ class Equal(keras.layers.Layer):
 
 
 class Methods:
-    """Trains one method after the other, for one seed.
-
-    Attributes:
-        accuracies: Per method what `run` returns: named test accuracies.
-    """
+    """Trains one method after the other, for one seed."""
 
     def __init__(
         self,
