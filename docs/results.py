@@ -143,6 +143,7 @@ def fill(guide: str, folder: Path) -> str:
     def gains(match: re.Match[str]) -> str:
         path = folder / f"{match[1]}.json"
         made = verdicts(json.loads(path.read_text())) if path.exists() else ""
+        made = made or "Not measured yet.\n"
         return f"<!-- gains {match[1]} -->\n\n{made}\n<!-- end -->"
 
     pattern = r"<!-- gains (\w+) -->.*?<!-- end -->"
