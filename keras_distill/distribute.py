@@ -231,14 +231,20 @@ def share_of(x: Any) -> Share:
     leaf = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
     rows = tf.cast(tf.shape(leaf)[0], tf.float32)
     count = replicas()
-    total = all_reduce(rows) if count > 1 else rows
+    if count == 1:
+        return Share(rows, rows, 1, tf.identity, tf.identity, tf.identity)
+    index = tf.distribute.get_replica_context().replica_id_in_sync_group
+    counts = all_reduce(tf.one_hot(index, count) * rows)
+    before = tf.reduce_sum(tf.where(tf.range(count) < index, counts, 0.0))
+    total = tf.reduce_sum(counts)
+    place = tuple(tf.cast(n, tf.int32) for n in (before, rows, total - before - rows))
     return Share(
         rows,
         total,
         count,
         all_reduce,
-        lambda data: gather(data, rows),
-        lambda data: own_rows(data, rows),
+        lambda data: gather(data, place),
+        lambda data: own_rows(data, place),
     )
 
 
@@ -247,7 +253,7 @@ def alone() -> Share:
     return Share(tf.ones(()), tf.ones(()), 1, tf.identity, tf.identity, tf.identity)
 
 
-def gather(data: Any, rows: Any) -> Any:
+def gather(data: Any, place: tuple[Any, Any, Any]) -> Any:
     """Gives every replica the rows of all replicas, in the same order everywhere.
 
     Gradients come back for a replica's own rows alone, times N / n: each of the
@@ -255,9 +261,9 @@ def gather(data: Any, rows: Any) -> Any:
 
     Args:
         data: Structure of tensors with this replica's rows first; None stays None.
-        rows: How many rows are real (not padding), a scalar.
+        place: How many rows (padding is none) are before, on and after this replica.
     """
-    before, here, after = _place(rows)
+    before, here, after = place
     total = before + here + after
 
     def everyone(tensor: Any) -> Any:
@@ -283,26 +289,17 @@ def gather(data: Any, rows: Any) -> Any:
     return keras.tree.map_structure(everyone, data)
 
 
-def own_rows(data: Any, rows: Any) -> Any:
+def own_rows(data: Any, place: tuple[Any, Any, Any]) -> Any:
     """A replica's rows of the global batch, where `gather` would put them.
 
     Args:
         data: Tensor with a row for each of all replicas' rows.
-        rows: How many rows are real here, a scalar; without any it is one of zeros.
+        place: As in `gather`. A replica without rows gets one of zeros.
     """
-    before, here, _ = _place(rows)
+    before, here, _ = place
     missing = tf.cast(tf.equal(here, 0), tf.int32)
     padding = [[0, missing]] + [[0, 0]] * (len(data.shape) - 1)
     return tf.pad(data[before : before + here], padding)
-
-
-def _place(rows: Any) -> tuple[Any, Any, Any]:
-    """How many rows of the global batch are before, on and after this replica."""
-    here = tf.cast(rows, tf.int32)
-    index = tf.distribute.get_replica_context().replica_id_in_sync_group
-    counts = all_reduce(tf.one_hot(index, replicas(), dtype=tf.int32) * here)
-    before = tf.reduce_sum(tf.where(tf.range(replicas()) < index, counts, 0))
-    return before, here, tf.reduce_sum(counts) - before - here
 
 
 def assign_rows(variable: Any, index: Any, rows: Any) -> None:

@@ -88,16 +88,15 @@ def batches(train: Arrays, seed: int) -> tf.data.Dataset:
 
 
 @keras.saving.register_keras_serializable(package="online")
-class SmoothedLabels(keras.losses.CategoricalCrossentropy):
+def smoothed(y_true: Any, y_pred: Any) -> Any:
     """Keras's label smoothing, for integers."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        options = {"from_logits": True, "label_smoothing": 0.1} | kwargs
-        super().__init__(**options)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        classes = keras.ops.cast(keras.ops.reshape(y_true, (-1,)), "int32")
-        return super().call(keras.ops.one_hot(classes, y_pred.shape[-1]), y_pred)
+    classes = keras.ops.cast(keras.ops.reshape(y_true, (-1,)), "int32")
+    return keras.losses.categorical_crossentropy(
+        keras.ops.one_hot(classes, y_pred.shape[-1]),
+        y_pred,
+        from_logits=True,
+        label_smoothing=0.1,
+    )
 
 
 @keras.saving.register_keras_serializable(package="online")
@@ -152,7 +151,7 @@ class Methods:
 
         return keras.models.clone_model(model, clone_function=regularized)
 
-    def _options(self, loss: keras.losses.Loss | None = None) -> dict[str, Any]:
+    def _options(self, loss: Any = None) -> dict[str, Any]:
         steps = self._epochs * -(-self._size // BATCH)
         rate = keras.optimizers.schedules.CosineDecay(0.1, steps)
         return {
@@ -165,7 +164,7 @@ class Methods:
         self,
         distiller: kd.BaseDistiller,
         method: str,
-        loss: keras.losses.Loss | None = None,
+        loss: Any = None,
     ) -> dict[str, float]:
         """Trains a distiller; returns its own accuracies on the test images."""
         distiller.compile(**self._options(loss), metrics=["accuracy"])
@@ -242,19 +241,14 @@ class Methods:
         logs = self._trained(exits, "BYOT")
         return {f"exit {i}": logs[f"exit_{i}_accuracy"] for i in range(3)}
 
-    def penalized(self) -> dict[str, float]:
-        penalty = kd.losses.ConfidencePenalty(0.1)
-        plain = kd.BaseDistiller(self._network())
-        return {"network": self._trained(plain, "penalty", penalty)["accuracy"]}
-
-    def smoothed(self) -> dict[str, float]:
-        smooth = kd.BaseDistiller(self._network())
-        loss = SmoothedLabels()
-        return {"network": self._trained(smooth, "smoothing", loss)["accuracy"]}
-
-    def virtual(self) -> dict[str, float]:
-        taught = kd.TeacherFree(self._network())
-        return {"network": self._trained(taught, "Tf-KD")["accuracy"]}
+    def single(
+        self,
+        name: str,
+        make: Callable[[keras.Model], kd.BaseDistiller] = kd.BaseDistiller,
+        loss: Any = None,
+    ) -> dict[str, float]:
+        found = self._trained(make(self._network()), name, loss)
+        return {"network": found["accuracy"]}
 
 
 METHODS: dict[str, Callable[[Methods], dict[str, float]]] = {
@@ -265,9 +259,11 @@ METHODS: dict[str, Callable[[Methods], dict[str, float]]] = {
     "ONE, no gate": lambda m: m.one("no_gate", gate=Equal(3)),
     "ONE, no sharing": lambda m: m.one("no_sharing", shared=False),
     "ONE, no soft targets": lambda m: m.one("no_soft", soft_weight=0.0),
-    "label smoothing": Methods.smoothed,
-    "confidence penalty": Methods.penalized,
-    "Tf-KD": Methods.virtual,
+    "label smoothing": lambda m: m.single("smoothing", loss=smoothed),
+    "confidence penalty": lambda m: m.single(
+        "penalty", loss=kd.losses.ConfidencePenalty(0.1)
+    ),
+    "Tf-KD": lambda m: m.single("Tf-KD", kd.TeacherFree),
 }
 
 
