@@ -79,7 +79,6 @@ def test_workers_equal_one_process(workers, one_process):
         )
 
 
-@pytest.mark.parametrize("workers", [2], indirect=True)
 def test_nan_on_the_last_worker_alone_stops_nobody(workers, one_process):
     expected, weights = one_process[1]
     assert expected["skipped"] == pytest.approx([1 / 3])
@@ -113,7 +112,6 @@ def test_only_the_chief_writes(workers):
     assert len((directory / "log.csv").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("workers", [2], indirect=True)
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
@@ -128,7 +126,6 @@ def test_workers_that_differ_are_refused(workers, kind, what):
         assert f"replicas {others} differ from replica 0" in logs[kind]
 
 
-@pytest.mark.parametrize("workers", [2], indirect=True)
 def test_keras_itself_cannot_yet(workers):
     """Fails once keras#20585 is mended: then `distribute.py` has overrides to drop."""
     for _, logs in workers[0]:

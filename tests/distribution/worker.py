@@ -198,11 +198,10 @@ def main():
             callbacks.append(Die(int(sys.argv[2]), here / "died"))
     weights, found, distiller = run(strategy, callbacks)
     if not callbacks:
+        found["nan"], after = run_with_nan(strategy)
+        np.savez(here / f"nan-{index}.npz", *after)
         found |= count(distiller, here)
-        if strategy.num_replicas_in_sync == 2:
-            found["nan"], after = run_with_nan(strategy)
-            np.savez(here / f"nan-{index}.npz", *after)
-            found |= refusals(distiller, index)
+        found |= refusals(distiller, index)
     np.savez(here / f"weights-{index}.npz", *weights)
     (here / f"found-{index}.json").write_text(json.dumps(found))
 
