@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_distill.compiling import Compiling
 from keras_distill.heads import output_names
+from keras_distill.identity import architecture
 from keras_distill.inputs import plain_inputs, select_inputs
 from keras_distill.labelled import Labelled
 from keras_distill.links import (
@@ -323,6 +324,10 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
 
     def epoch_ended(self, logs: dict[str, Any]) -> None:
         """Called by `fit` after each epoch, with its logs, before the callbacks."""
+
+    def described(self) -> dict[str, str]:
+        """What the workers of a cluster must have in common, beside their variables."""
+        return {"teachers": "", "students or distillers": architecture(self)}
 
     def describe_term(self, name: str) -> dict[str, str]:
         """What `summary` says of a term, by column; a subclass knows more."""

@@ -128,6 +128,9 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
         if self._learns_temperature:
             self._temperature.epoch_began(epoch)
 
+    def described(self) -> dict[str, str]:
+        return super().described() | {"teachers": self.teacher.fingerprint()}
+
     def _add_links(self, links: Sequence[Link]) -> None:
         self.links: tuple[Link, ...] = ()
         resolved = []

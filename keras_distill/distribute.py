@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -130,24 +130,37 @@ def check_keras() -> None:
         )
 
 
-def begin_together(strategy: tf.distribute.Strategy, variables: list[Any]) -> None:
-    """Gives all workers the chief's seed, if they begin with the same weights.
+def begin_together(
+    strategy: tf.distribute.Strategy,
+    variables: list[Any],
+    described: Callable[[], dict[str, str]],
+) -> None:
+    """Gives all workers the chief's seed, if they begin with the same model.
 
     Without a common one every worker shuffles in its own order, and of its own order
     reads only its own share: rows are read twice, and others never.
 
+    Args:
+        strategy: With the workers.
+        variables: Whose values must agree.
+        described: What else must: a text by its name, of the same names everywhere.
+
     Raises:
-        ValueError: On every worker, if they have different versions or values.
+        ValueError: On every worker, if something differs.
     """
     if not several_workers(strategy):
         return
     check_keras()
     seed = int(np.random.default_rng().integers(2**31)) if is_chief(strategy) else 0
-    versions = _digest([f"{keras.__version__} {tf.__version__}".encode()])
-    shapes = _digest([f"{tuple(v.shape)} {v.dtype}".encode() for v in variables])
-    seeds, *others = _from_all(strategy, [seed, versions, shapes]).T
-    _check_same("versions of Keras or TensorFlow", others[0])
-    _check_same("student or distiller", others[1])
+    texts = {
+        "versions of Keras or TensorFlow": f"{keras.__version__} {tf.__version__}",
+        **described(),
+        "variables": str([(tuple(v.shape), v.dtype) for v in variables]),
+    }
+    digests = [_digest([text.encode()]) for text in texts.values()]
+    seeds, *found = _from_all(strategy, [seed, *digests]).T
+    for what, digest in zip(texts, found, strict=True):
+        _check_same(what, digest)
     values = _digest([np.asarray(v.numpy()).tobytes() for v in variables])
     _check_same("values of the variables", _from_all(strategy, [values])[:, 0])
     tf.random.set_seed(int(seeds.max()))

@@ -8,9 +8,10 @@ Every worker runs the script with its own place in the variable `TF_CONFIG`, so 
 behind the worker's name.
 
 A worker that ends with an error, is killed or never comes ends the run: the others are
-stopped, and the error says which one it was, because a worker cannot join a cluster
-that runs already. With `--restarts` all are started again, and a script whose `fit`
-has `kd.callbacks.Backup` goes on where the last backup was written.
+stopped, because a worker cannot join a cluster that runs already, and the last line
+says which one it was, and with what error. With `--restarts` all are started again, and
+a script whose `fit` has `kd.callbacks.Backup` goes on where the last backup was
+written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,6 +55,12 @@ class Failed(Exception):
         self.status = status
 
 
+_printing = threading.Lock()
+
+# How a traceback ends: the name of an exception, and what it says.
+_ERROR = re.compile(r"(?:\w+\.)*(\w*(?:Error|Exception)(?:: .*)?)$")
+
+
 class Worker:
     """One process, and the threads that hand on its output.
 
@@ -66,6 +74,7 @@ class Worker:
         self.name = f"worker {index}"
         self.port = ports[index]
         self.came = False
+        self.error = ""
         # In a session of its own: Ctrl-C reaches the launcher, which passes it on.
         self.process = subprocess.Popen(
             command,
@@ -75,7 +84,7 @@ class Worker:
             start_new_session=True,
         )
         self._threads = [
-            threading.Thread(target=_hand_on, args=(source, target, self.name))
+            threading.Thread(target=self._hand_on, args=(source, target))
             for source, target in (
                 (self.process.stdout, sys.stdout),
                 (self.process.stderr, sys.stderr),
@@ -84,6 +93,15 @@ class Worker:
         for thread in self._threads:
             thread.daemon = True
             thread.start()
+
+    def _hand_on(self, source: IO[bytes], target: Any) -> None:
+        with source:
+            for line in source:
+                text = line.decode(errors="replace").rstrip("\r\n")
+                if found := _ERROR.match(text):
+                    self.error = found[1]
+                with _printing:
+                    print(f"[{self.name}] {text}", file=target, flush=True)
 
     def status(self) -> int | None:
         """As `subprocess.Popen.poll`: None while it runs."""
@@ -105,17 +123,6 @@ class Worker:
         """Waits for the last lines of its output."""
         for thread in self._threads:
             thread.join(timeout=2)  # a grandchild may hold the pipe open
-
-
-_printing = threading.Lock()
-
-
-def _hand_on(source: IO[bytes], target: Any, name: str) -> None:
-    with source:
-        for line in source:
-            text = line.decode(errors="replace").rstrip("\r\n")
-            with _printing:
-                print(f"[{name}] {text}", file=target, flush=True)
 
 
 def _environment(index: int, ports: list[int]) -> dict[str, str]:
@@ -142,7 +149,9 @@ def _ended(worker: Worker) -> str:
     assert status is not None
     if status < 0:
         return f"{worker.name} was killed by {signal.Signals(-status).name}"
-    return f"{worker.name} ended with status {status}"
+    worker.finish()
+    error = f" ({worker.error})" if worker.error else ""
+    return f"{worker.name} ended with status {status}{error}"
 
 
 def _watch(workers: list[Worker], start_timeout: float) -> None:

@@ -13,7 +13,8 @@ from keras import ops
 from losses import golden
 
 import keras_distill as kd
-from keras_distill.teachers.base import Absent, as_teacher, fingerprint
+from keras_distill.identity import fingerprint
+from keras_distill.teachers.base import Absent, as_teacher
 
 
 class Fixed(kd.teachers.Teacher):

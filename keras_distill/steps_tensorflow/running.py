@@ -78,7 +78,9 @@ class Running:
         self._note_one_weight(kwargs.get("sample_weight"))
         x = self._shared_data(x)
         validation_data = self._shared_data(validation_data)
-        distribute.begin_together(self.distribute_strategy, self.variables)
+        distribute.begin_together(
+            self.distribute_strategy, self.variables, self.described
+        )
         counter = EpochCounter()
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(counter)

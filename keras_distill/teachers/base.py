@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_distill.heads import Head, find_heads, output_names, two_rows
+from keras_distill.identity import fingerprint
 from keras_distill.inputs import plain_inputs, select_inputs
 from keras_distill.links import (
     call_model,
@@ -240,46 +239,6 @@ def as_teacher(teacher: Any) -> Teacher:
         "`teacher` must be a keras.Model, a list of models, or a kd.teachers.Teacher. "
         f"Received: {teacher!r}"
     )
-
-
-def fingerprint(model: keras.Model) -> str:
-    """A hash of a model's weights and config.
-
-    Names are left out: Keras numbers them anew in every process.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps(_without_names(_config(model)), sort_keys=True).encode())
-    for variable in model.variables:
-        value = np.asarray(ops.convert_to_numpy(variable.value))
-        digest.update(f"{value.shape}{value.dtype}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
-
-
-def _config(model: keras.Model) -> Any:
-    try:
-        return keras.saving.serialize_keras_object(model)["config"]
-    except (NotImplementedError, TypeError, ValueError):
-        return type(model).__name__  # a subclassed model without get_config
-
-
-# Numbered anew in every process, or only there while a file is being written.
-_PASSING = (
-    "name",
-    "keras_history",
-    "input_layers",
-    "output_layers",
-    "inbound_nodes",
-    "shared_object_id",
-)
-
-
-def _without_names(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {k: _without_names(v) for k, v in config.items() if k not in _PASSING}
-    if isinstance(config, (list, tuple)):
-        return [_without_names(item) for item in config]
-    return config if isinstance(config, (str, int, float, bool)) else str(type(config))
 
 
 def _in_precision(model: keras.Model, dtype: Any) -> keras.Model:

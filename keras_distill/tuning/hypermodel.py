@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import keras_tuner
+import numpy as np
 import tensorflow as tf
 from keras_tuner.errors import FailedTrialError, FatalValueError
 
@@ -50,6 +51,8 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         cache: A directory for `kd.teachers.Cache`: the teacher then runs once over the
             data in the whole search, also with several worker processes.
             `tuner.search` then takes arrays or an unbatched data set, and `batch_size`.
+            What it says of arrays is kept in memory, beside them; for a data set it is
+            read from the directory in every epoch.
         optimizer: A name, an optimizer (each trial gets a new one of its config), or a
             function of `hp` (or of nothing) that makes one.
         loss: The compiled loss.
@@ -123,6 +126,8 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         self._check_effects(temperature, beta)
         self._last_student: Any = None
         self._opened: Cache | None = None
+        self._known: tuple[Any, Any] | None = None  # arrays, and what is said of them
+        self._checked: tuple[str, bool] | None = None
         self._identity: dict[str, Any] = {}
 
     def _check_effects(self, temperature: Any, beta: Any) -> None:
@@ -196,18 +201,27 @@ class DistillationHyperModel(keras_tuner.HyperModel):
                 given = self._with_cache(model, given, self.cache)
             except (OSError, TypeError, ValueError) as error:
                 raise FatalValueError(f"The teacher's cache: {error}") from error
-        wanted = [
-            callback.objective
-            for callback in given.get("callbacks") or []
-            if isinstance(getattr(callback, "objective", None), keras_tuner.Objective)
-        ]
-        rows = _some_rows(given)
-        if wanted and rows is not None:
-            logs = model.evaluate(rows, verbose=0, return_dict=True)
+        self._check_objective(model, given)
+        return model.fit(**given)
+
+    def _check_objective(self, model: Any, given: dict[str, Any]) -> None:
+        """Raises FatalError if the search's objective cannot be one.
+
+        An evaluation tells which logs there are; they are the same in every trial.
+        """
+        for callback in given.get("callbacks") or []:
+            wanted = getattr(callback, "objective", None)
+            if not isinstance(wanted, keras_tuner.Objective):
+                continue
             split = given.get("validation_split")
             validated = given.get("validation_data") is not None or bool(split)
-            check_objective(wanted[0], model, set(logs), validated)
-        return model.fit(**given)
+            checked = str(wanted), validated
+            rows = _some_rows(given)
+            if checked == self._checked or rows is None:
+                continue
+            logs = model.evaluate(rows, verbose=0, return_dict=True)
+            check_objective(wanted, model, set(logs), validated)
+            self._checked = checked
 
     def check_folder(self, tuner: Any, write: bool = False) -> None:
         """Raises ValueError if the trials in a tuner's folder are of another search."""
@@ -283,22 +297,26 @@ class DistillationHyperModel(keras_tuner.HyperModel):
             raise ValueError("`validation_split` cannot be used: give validation_data.")
         batch_size = given.pop("batch_size", None) or 32
         given.setdefault("validation_batch_size", batch_size)
-        x, y = given.pop("x"), given.pop("y", None)
-        weight = given.pop("sample_weight", None)
-        shuffle = given.pop("shuffle", True)
-        arrays = not isinstance(x, tf.data.Dataset)
-        if arrays:
-            parts = [part for part in (x, y, weight) if part is not None]
-            x = tf.data.Dataset.from_tensor_slices(tuple(parts))
+        x = given["x"]
+        streamed = isinstance(x, tf.data.Dataset)
+        rows = x if streamed else tf.data.Dataset.from_tensor_slices((x,))
         taps = unique(link.teacher_layer for link in model.links)
         if self._opened is None:
-            self._opened = Cache.build(self.teacher, x, path, taps=taps)
+            self._opened = Cache.build(self.teacher, rows, path, taps=taps)
         model.teacher = self._opened
-        attached = self._opened.attach(x)
-        if arrays and shuffle:
-            attached = attached.shuffle(int(x.cardinality()))
-        batches = attached.batch(batch_size).prefetch(tf.data.AUTOTUNE)
-        return given | {"x": batches, "shuffle": False}
+        if streamed:
+            attached = self._opened.attach(rows).batch(batch_size)
+            return given | {"x": attached.prefetch(tf.data.AUTOTUNE)}
+        if self._known is None or self._known[0] is not x:
+            self._known = x, _knowledge(self._opened.attach(rows))
+        known = {"inputs": x, "kd_teacher": self._known[1]}
+        return given | {"x": known, "batch_size": batch_size}
+
+
+def _knowledge(attached: tf.data.Dataset) -> Any:
+    """What a teacher says of all rows, as arrays."""
+    chunks = [x["kd_teacher"] for (x,) in attached.batch(1024).as_numpy_iterator()]
+    return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *chunks)
 
 
 def _check_links(links: Any) -> None:

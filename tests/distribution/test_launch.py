@@ -64,6 +64,11 @@ def test_one_worker_runs_on_its_own(script, capfd, monkeypatch):
     [
         ("sys.exit(3)", 3, "worker 1 ended with status 3"),
         (
+            "raise OSError('the disk is gone')",
+            1,
+            "worker 1 ended with status 1 (OSError: the disk is gone)",
+        ),
+        (
             "os.kill(os.getpid(), signal.SIGKILL)",
             137,
             "worker 1 was killed by SIGKILL",
@@ -122,8 +127,11 @@ def test_all_are_started_again(script, tmp_path, capfd):
 def test_restarts_end(script, capfd):
     assert launch.main(["--workers", "1", "--restarts", "1", script("1 / 0")]) == 1
     errors = capfd.readouterr().err
-    assert errors.count("ZeroDivisionError") == 2
-    assert errors.endswith("worker 0 ended with status 1; all workers were stopped\n")
+    assert errors.count("\n[worker 0] ZeroDivisionError") == 2
+    assert errors.endswith(
+        "worker 0 ended with status 1 (ZeroDivisionError: division by zero); "
+        "all workers were stopped\n"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -117,6 +117,8 @@ def test_only_the_chief_writes(workers):
     [
         ("versions", "versions of Keras or TensorFlow"),
         ("values", "values of the variables"),
+        ("teachers", "teachers"),
+        ("students", "students or distillers"),
     ],
 )
 def test_workers_that_differ_are_refused(workers, kind, what):

@@ -181,9 +181,16 @@ def refusals(distiller, index):
     keras.__version__ = f"{version}.dev{index}"
     found["versions"] = error_of(distiller.fit, x, y, batch_size=BATCH)
     keras.__version__ = version
-    if index:
-        distiller.student.trainable_variables[0].assign(np.ones((4, 4)))
-    found["values"] = error_of(distiller.fit, x, y, batch_size=BATCH)
+    hidden = distiller.student.get_layer("hidden")
+    # One difference on top of the other: what is looked at first comes last.
+    for kind, difference in {
+        "values": lambda: hidden.kernel.assign(np.ones((4, 4))),
+        "students": lambda: setattr(hidden, "activation", keras.activations.relu),
+        "teachers": lambda: distiller.teacher.variables[0].assign(np.ones((4, 6))),
+    }.items():
+        if index:
+            difference()
+        found[kind] = error_of(distiller.fit, x, y, batch_size=BATCH)
     return found
 
 
