@@ -9,8 +9,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_distill.graphs import output_spec
 from keras_distill.heads import Head, find_heads, output_names, two_rows, with_mask_of
-from keras_distill.links import call_model, input_spec, symbolic_run
+from keras_distill.links import call_model, input_spec
 from keras_distill.losses.base import PACKAGE
 
 
@@ -106,8 +107,7 @@ class AveragedModels(keras.Model):
         return keras.tree.map_structure(lambda t: tuple(t.shape), self._symbolic())
 
     def _symbolic(self) -> Any:
-        first = self.models[0]
-        return symbolic_run(lambda x: call_model(first, x, False), self._inputs_struct)
+        return output_spec(self.models[0], self._inputs_struct)
 
     def get_config(self) -> dict[str, Any]:
         models = [keras.saving.serialize_keras_object(model) for model in self.models]
@@ -128,7 +128,7 @@ def _heads(model: keras.Model) -> list[Head]:
     spec = input_spec(model)
     return find_heads(
         model,
-        symbolic_run(lambda x: call_model(model, x, False), spec),
+        output_spec(model, spec),
         None,
         "a softmax as the last layer",
         lambda: call_model(model, two_rows(spec), False),

@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_distill.compiling import Compiling
+from keras_distill.graphs import output_spec
 from keras_distill.heads import output_names
 from keras_distill.identity import architecture
 from keras_distill.inputs import plain_inputs, select_inputs
@@ -20,7 +21,6 @@ from keras_distill.links import (
     input_spec,
     run_with_taps,
     serialize_function,
-    symbolic_run,
 )
 from keras_distill.logs import Logs
 from keras_distill.losses.base import PACKAGE, check_positive, number, reduce_values
@@ -114,9 +114,7 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         self._one_weight_given = False  # for all outputs: see `fit`
         self._class_weight: tuple[tuple[int, float], ...] | None = None
         self._student_spec = student_spec
-        self._symbolic_outputs = symbolic_run(
-            lambda x: call_model(student, x, False), student_spec
-        )
+        self._symbolic_outputs = output_spec(student, student_spec)
         self._names = output_names(student, self._symbolic_outputs)
         self.output_weights = weights_by_output(output_weights, self._names)
         if alpha is not None:

@@ -29,7 +29,7 @@ def test_quickstart(tmp_path, capsys):
     assert student.count_params() == rows[2]["parameters"]
 
 
-@pytest.mark.parametrize("script", ["import_time.py", "step_time.py"])
+@pytest.mark.parametrize("script", ["import_time.py", "neighbours.py", "step_time.py"])
 def test_benchmark(script, tmp_path):
     out = tmp_path / "result.json"
     scripts.run(f"benchmarks/{script}", "--smoke", "--out", out)

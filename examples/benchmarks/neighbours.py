@@ -104,7 +104,7 @@ def in_turn(rounds: int, smoke: bool) -> dict[str, dict[str, list[float]]]:
             )
     found: dict[str, dict[str, list[float]]] = {}
     for name, worker in workers.items():
-        if "ready" not in iter(worker.stdout.readline, ""):
+        if "ready\n" not in iter(worker.stdout.readline, ""):
             raise SystemExit(f"{name}: the process ended before its first step.")
         found[name] = {"wall": [], "cpu": [], "peak": []}
     for number in range(-3, rounds):

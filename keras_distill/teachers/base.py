@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_distill.graphs import output_spec
 from keras_distill.heads import Head, find_heads, output_names, two_rows
 from keras_distill.identity import fingerprint
 from keras_distill.inputs import plain_inputs, select_inputs
@@ -135,7 +136,7 @@ class Model(Teacher):
         self.inputs = inputs
         self.from_logits = from_logits
         self.dtype = dtype
-        self.outputs = symbolic_run(lambda x: call_model(model, x, False), self.spec)
+        self.outputs = output_spec(model, self.spec)
         self.names = output_names(model, self.outputs)
 
     def __call__(
