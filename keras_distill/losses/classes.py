@@ -120,6 +120,10 @@ class MultiLevelLogit(DistillationLoss):
     without its selection of confident samples; the released code works on two views of
     each image, and its selection only scales the terms.
 
+    The second and third term grow with the rows per class: next to nothing beside the
+    first with a hundred classes and 128 rows, with ten they are as large. There begin
+    with a smaller weight, or let it grow (`kd.schedules`).
+
     Args:
         temperatures: The temperatures, each above 0.
         reduction: As in `keras.losses.Loss`.
