@@ -151,11 +151,14 @@ def fill(guide: str, folder: Path) -> str:
 
 
 def verdicts(result: dict[str, Any]) -> str:
-    """What each row of a reproduction gained, and whether that is more than noise."""
+    """What each row of a reproduction gained, and whether that is more than noise.
+
+    Of fewer than three seeds nothing is said.
+    """
     rows = []
     for name, line in result["summary"].items():
         gain, interval = line.get("difference"), line.get("± (95 %)")
-        if gain is None or interval is None:
+        if gain is None or interval is None or line["seeds"] < 3:
             continue
         verdict = "not decided"
         if abs(gain) > interval:
