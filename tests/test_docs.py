@@ -72,7 +72,9 @@ def test_the_page_of_results_is_made_from_json(tmp_path):
 def test_the_page_of_results_leaves_single_runs_in_the_file(tmp_path):
     (tmp_path / "gain.json").write_text(
         '{"title": "Gain", "setting": {"command": "python gain.py"},'
-        ' "summary": {"a": {"mean": 1.5, "difference": 0.5, "± (95 %)": 0.25}},'
+        ' "summary": {'
+        ' "a": {"mean": 1.5, "seeds": 3, "difference": 0.5, "± (95 %)": 0.25},'
+        ' "b": {"mean": 2.5, "seeds": 2, "difference": 1.5, "± (95 %)": 0.25}},'
         ' "runs": [{"run": "secret", "seed": 0}]}'
     )
     (tmp_path / "gain.png").touch()
@@ -80,9 +82,10 @@ def test_the_page_of_results_leaves_single_runs_in_the_file(tmp_path):
     page = made["page"](tmp_path)
     assert "```sh\npython gain.py\n```" in page
     assert "![gain](results/gain.png)" in page
-    assert "| a | 1.5 | 0.5 | 0.25 |" in page
+    assert "| a | 1.5 | 3 | 0.5 | 0.25 |" in page
     assert "secret" not in page
     guide = made["fill"]("x\n<!-- gains gain -->\nold\n<!-- end -->\ny", tmp_path)
     assert "| a | +0.50 | ± 0.25 | better |" in guide
+    assert "| b |" not in guide  # of too few seeds
     assert "old" not in guide
     assert made["fill"](guide, tmp_path) == guide
