@@ -8,9 +8,9 @@ from typing import Any
 import keras
 
 from keras_distill.adapters import Projector
-from keras_distill.graphs import Graph, Origin, Part, clone, copy_weights, output_spec
+from keras_distill.graphs import Graph, Origin, Part, clone, copy_weights
 from keras_distill.heads import output_names
-from keras_distill.links import Link, call_model
+from keras_distill.links import Link, call_model, symbolic_run
 from keras_distill.losses.base import PACKAGE
 from keras_distill.losses.feature import Hint
 from keras_distill.offline.preset import Preset, tap_shapes, two_layers
@@ -97,7 +97,10 @@ class ReusedTeacherClassifier(Preset):
         shape = (None, *grid, known[-1])
         self.classifier = classifier or _cut_classifier(teacher, other, shape)
         self.classifier.trainable = False
-        self._symbolic_outputs = output_spec(self.classifier, keras.KerasTensor(shape))
+        # Run on the projected grid, which a given classifier may not fit.
+        self._symbolic_outputs = symbolic_run(
+            lambda x: call_model(self.classifier, x, False), keras.KerasTensor(shape)
+        )
         self._names = output_names(self.classifier, self._symbolic_outputs)
 
     @property

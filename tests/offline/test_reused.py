@@ -66,6 +66,20 @@ def test_a_smaller_student_grid_pools_the_teachers(teacher, digits):
     np.testing.assert_allclose(deployed, predicted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_classifier_of_another_grid_is_refused(teacher):
+    other = keras.Sequential(
+        [
+            keras.Input((4, 4, 7)),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(10),
+        ]
+    )
+    with pytest.raises(ValueError, match="incompatible"):
+        kd.ReusedTeacherClassifier(
+            nets.net(3), teacher, features=("relu3", "relu3"), classifier=other
+        )
+
+
 def test_a_classifier_that_cannot_be_cut_out_is_asked_for(teacher):
     with pytest.raises(TypeError, match="Give `classifier=`"):
         kd.ReusedTeacherClassifier(
