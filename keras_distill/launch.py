@@ -149,7 +149,6 @@ def _ended(worker: Worker) -> str:
     assert status is not None
     if status < 0:
         return f"{worker.name} was killed by {signal.Signals(-status).name}"
-    worker.finish()
     error = f" ({worker.error})" if worker.error else ""
     return f"{worker.name} ended with status {status}{error}"
 
@@ -166,6 +165,8 @@ def _watch(workers: list[Worker], start_timeout: float) -> None:
         running = [w for w in workers if w.status() is None]
         bad = [w for w in workers if w.status()]
         if bad:
+            for worker in bad:
+                worker.finish()  # what it says last is its error
             status = bad[0].status() or 0
             raise Failed(
                 ", ".join(map(_ended, bad)), status if status > 0 else 128 - status

@@ -216,8 +216,10 @@ class DistillationHyperModel(keras_tuner.HyperModel):
             split = given.get("validation_split")
             validated = given.get("validation_data") is not None or bool(split)
             checked = str(wanted), validated
+            if checked == self._checked:
+                continue
             rows = _some_rows(given)
-            if checked == self._checked or rows is None:
+            if rows is None:
                 continue
             logs = model.evaluate(rows, verbose=0, return_dict=True)
             check_objective(wanted, model, set(logs), validated)
