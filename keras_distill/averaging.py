@@ -9,10 +9,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.graphs import output_spec
 from keras_distill.heads import Head, find_heads, output_names, two_rows, with_mask_of
-from keras_distill.links import call_model, input_spec
 from keras_distill.losses.base import PACKAGE
+from keras_distill.specs import input_spec, output_spec
+from keras_distill.taps import call_model
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

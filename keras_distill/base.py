@@ -10,23 +10,24 @@ import keras
 from keras import ops
 
 from keras_distill.compiling import Compiling
-from keras_distill.graphs import output_spec
 from keras_distill.heads import output_names
 from keras_distill.identity import architecture
 from keras_distill.inputs import plain_inputs, select_inputs
 from keras_distill.labelled import Labelled
-from keras_distill.links import (
-    call_model,
-    check_weight,
-    input_spec,
-    run_with_taps,
-    serialize_function,
-)
+from keras_distill.links import serialize_function
 from keras_distill.logs import Logs
-from keras_distill.losses.base import PACKAGE, check_positive, number, reduce_values
+from keras_distill.losses.base import (
+    PACKAGE,
+    check_positive,
+    check_weight,
+    number,
+    reduce_values,
+)
 from keras_distill.matching import weights_by_output
+from keras_distill.specs import input_spec, output_spec
 from keras_distill.steps_tensorflow import Steps
 from keras_distill.tables import text_table
+from keras_distill.taps import call_model, run_with_taps
 from keras_distill.terms import Counted, TermWeights
 from keras_distill.weighting import (
     current_rows,

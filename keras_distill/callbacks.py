@@ -13,11 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distill.distribute import (
-    assign_to_replicas,
-    is_chief,
-    values_of_replicas,
-)
+from keras_distill.distribute.states import assign_to_replicas, values_of_replicas
+from keras_distill.distribute.workers import is_chief
 from keras_distill.links import as_list
 
 _MAGIC = b"keras_distill backup 1\n"

@@ -11,15 +11,12 @@ from keras import ops
 from keras_distill.base import RESERVED, BaseDistiller
 from keras_distill.comparing import agreement, apply_loss, positions
 from keras_distill.fitting import adapt, fit_link, resolved_link, taps_of, unique
-from keras_distill.links import (
-    Link,
-    run_with_taps,
-    show_layers,
-    symbolic_run,
-)
+from keras_distill.links import Link, show_layers
 from keras_distill.losses.base import PACKAGE, DistillationLoss
 from keras_distill.remembering import Remembering
 from keras_distill.soft import SoftTerm
+from keras_distill.specs import symbolic_run
+from keras_distill.taps import run_with_taps
 from keras_distill.teachers.base import Absent, Model, Teacher, as_teacher
 from keras_distill.weighting import by_output
 

@@ -8,15 +8,10 @@ from typing import Any
 import keras
 
 from keras_distill.adapters import Regressor
-from keras_distill.links import (
-    Link,
-    as_list,
-    call_model,
-    paths_of,
-    same_shape,
-    symbolic_run,
-)
+from keras_distill.links import Link, as_list, same_shape
 from keras_distill.losses.base import DistillationLoss
+from keras_distill.specs import symbolic_run
+from keras_distill.taps import call_model, paths_of
 from keras_distill.teachers.base import Teacher
 
 

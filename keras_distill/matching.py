@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_distill.heads import Head
-from keras_distill.links import check_weight, same_shape
-from keras_distill.losses.base import number
+from keras_distill.links import same_shape
+from keras_distill.losses.base import check_weight, number
 
 
 @dataclass(frozen=True)

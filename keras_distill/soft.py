@@ -8,11 +8,12 @@ from typing import Any
 import keras
 
 from keras_distill.heads import Head, find_heads, two_rows
-from keras_distill.links import as_loss, call_model
+from keras_distill.links import as_loss
 from keras_distill.losses.base import DistillationLoss, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.losses.tempered import LearnedTemperature
 from keras_distill.matching import Match, check_match, match_heads
+from keras_distill.taps import call_model
 from keras_distill.teachers.base import Teacher
 
 

@@ -12,19 +12,13 @@ from typing import Any
 import keras
 
 from keras_distill.adapters import Connector, margins
-from keras_distill.links import (
-    Link,
-    as_loss,
-    call_model,
-    children,
-    input_spec,
-    reading,
-    symbolic_run,
-)
+from keras_distill.links import Link, as_loss
 from keras_distill.losses.base import DistillationLoss
 from keras_distill.losses.boundary import ActivationBoundary, MarginReLU
 from keras_distill.losses.flow import FlowOfProcedure, SingularValue
+from keras_distill.specs import input_spec, symbolic_run
 from keras_distill.tables import text_table
+from keras_distill.taps import call_model, children, reading
 from keras_distill.teachers.base import Model
 
 PARTS = 3  # of a network that is one stage throughout

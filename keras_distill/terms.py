@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
-from keras_distill.links import check_weight
-from keras_distill.losses.base import number
+from keras_distill.losses.base import check_weight, number
 
 
 class Counted(NamedTuple):

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_distill import adapters, losses
-from keras_distill.links import symbolic_run
+from keras_distill.specs import symbolic_run
 from tests.losses.golden import load
 
 

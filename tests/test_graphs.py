@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_distill.graphs import Graph, Origin, clone
+from keras_distill.copies import Origin, clone
+from keras_distill.graphs import Graph
 
 
 def _x(shape=(8, 8, 3), rows=3):

@@ -16,8 +16,8 @@ from keras_distill.adapters.base import (
     check_known_grids,
     check_shape,
 )
-from keras_distill.links import paths_of, run_with_taps
-from keras_distill.losses.base import PACKAGE
+from keras_distill.losses.base import PACKAGE, check_positive
+from keras_distill.taps import paths_of, run_with_taps
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -56,8 +56,7 @@ class Paraphraser(keras.Layer):
 
     def __init__(self, rate: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"`rate` must be above 0 and finite. Received: {rate}")
+        check_positive("rate", rate)
         self.rate = rate
 
     def build(self, input_shape: Any) -> None:

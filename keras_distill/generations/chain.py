@@ -11,7 +11,7 @@ import keras
 
 from keras_distill.averaging import AveragedModels
 from keras_distill.base import BaseDistiller
-from keras_distill.distribute import is_chief
+from keras_distill.distribute.workers import is_chief
 from keras_distill.generations.storage import Record, Storage
 from keras_distill.tables import text_table
 

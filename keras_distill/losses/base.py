@@ -213,10 +213,10 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be above 0 and finite. Received: {value!r}")
 
 
-def check_weight(name: str, value: float) -> None:
+def check_weight(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a finite number of at least 0."""
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"`{name}` must be at least 0 and finite. Received: {value!r}")
+    if not 0 <= number(value) < float("inf"):
+        raise ValueError(f"`{name}` must be finite and at least 0. Received: {value!r}")
 
 
 def check_same_shape(loss: Any, y_true: Any, y_pred: Any) -> None:

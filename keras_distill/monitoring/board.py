@@ -12,8 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_distill.base import BaseDistiller
-from keras_distill.distribute import is_chief, several_workers
-from keras_distill.links import paths_of
+from keras_distill.distribute.workers import is_chief, several_workers
 from keras_distill.losses.base import number
 from keras_distill.monitoring.clock import StepClock, TeacherClock
 from keras_distill.monitoring.figures import attention_figure
@@ -24,6 +23,7 @@ from keras_distill.monitoring.views import (
     compares_logits,
     views_of,
 )
+from keras_distill.taps import paths_of
 from keras_distill.teachers.base import as_teacher
 from keras_distill.teachers.cache import Cache
 

@@ -9,10 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_distill.heads import Head, find_heads, two_rows
-from keras_distill.links import call_model
 from keras_distill.losses.base import DistillationLoss
 from keras_distill.monitoring.calibration import calibration
 from keras_distill.monitoring.figures import reliability_figure
+from keras_distill.taps import call_model
 
 
 class View:

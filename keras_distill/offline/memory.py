@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.distribute import assign_rows
+from keras_distill.distribute.replicas import assign_rows
 from keras_distill.grids import normalize
 from keras_distill.losses.base import PACKAGE, check_positive
 from keras_distill.weighting import mean_of_rows

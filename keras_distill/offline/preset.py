@@ -8,8 +8,10 @@ from typing import Any
 import keras
 
 from keras_distill.distiller import Distiller
-from keras_distill.links import Link, input_spec, paths_of, run_with_taps, symbolic_run
+from keras_distill.links import Link
 from keras_distill.losses.base import PACKAGE
+from keras_distill.specs import input_spec, symbolic_run
+from keras_distill.taps import paths_of, run_with_taps
 from keras_distill.teachers.base import Teacher
 
 

@@ -8,12 +8,15 @@ from typing import Any
 import keras
 
 from keras_distill.adapters import Projector
-from keras_distill.graphs import Graph, Origin, Part, clone, copy_weights
+from keras_distill.copies import Origin, clone, copy_weights
+from keras_distill.graphs import Graph, Part
 from keras_distill.heads import output_names
-from keras_distill.links import Link, call_model, symbolic_run
+from keras_distill.links import Link
 from keras_distill.losses.base import PACKAGE
 from keras_distill.losses.feature import Hint
 from keras_distill.offline.preset import Preset, tap_shapes, two_layers
+from keras_distill.specs import symbolic_run
+from keras_distill.taps import call_model
 from keras_distill.teachers.base import Model, Teacher, as_teacher
 
 PROJECTED = "/projected"  # no layer has such a path

@@ -8,10 +8,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.graphs import clone, output_spec
+from keras_distill.copies import clone
 from keras_distill.heads import Head, find_heads, two_rows
-from keras_distill.links import call_model, input_spec, symbolic_run
 from keras_distill.losses.base import PACKAGE
+from keras_distill.specs import input_spec, output_spec, symbolic_run
+from keras_distill.taps import call_model
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

@@ -9,16 +9,16 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_distill import distribute
 from keras_distill.averaging import AveragedModels
 from keras_distill.base import BaseDistiller
 from keras_distill.compiling import computes_in_float16
-from keras_distill.links import call_model
+from keras_distill.distribute.updates import sum_gradients
 from keras_distill.losses.base import PACKAGE, check_positive, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.online.optimizers import PeerOptimizers, one_for_each
 from keras_distill.steps_tensorflow.discarding import restore
 from keras_distill.steps_tensorflow.gradients import values_of
+from keras_distill.taps import call_model
 from keras_distill.weighting import for_masked, this_share
 
 
@@ -273,7 +273,7 @@ def _scaling(optimizer: Any, network: keras.Model) -> Any:
 
 def _summed(gradients: list[list[Any]]) -> list[list[Any]]:
     """All-reduces the gradients of several networks at once."""
-    flat = iter(distribute.sum_gradients([g for own in gradients for g in own]))
+    flat = iter(sum_gradients([g for own in gradients for g in own]))
     return [[next(flat) for _ in own] for own in gradients]
 
 

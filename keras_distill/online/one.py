@@ -9,11 +9,12 @@ import keras
 from keras import ops
 
 from keras_distill.base import BaseDistiller
-from keras_distill.graphs import Graph, Origin, clone
-from keras_distill.links import call_model, check_weight
-from keras_distill.losses.base import PACKAGE, check_positive, number
+from keras_distill.copies import Origin, clone
+from keras_distill.graphs import Graph
+from keras_distill.losses.base import PACKAGE, check_positive, check_weight, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.online.gated import GatedEnsemble, symbolic_inputs
+from keras_distill.taps import call_model
 from keras_distill.terms import Counted
 from keras_distill.weighting import for_masked
 

@@ -9,9 +9,9 @@ import keras
 from keras import ops
 
 from keras_distill.base import BaseDistiller
-from keras_distill.graphs import Graph, Origin, clone
-from keras_distill.links import check_weight
-from keras_distill.losses.base import PACKAGE, check_positive, number
+from keras_distill.copies import Origin, clone
+from keras_distill.graphs import Graph
+from keras_distill.losses.base import PACKAGE, check_positive, check_weight, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.selfdistill.multi_exit import (
     ExitNetwork,

@@ -9,11 +9,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_distill.graphs import output_spec
 from keras_distill.heads import Head, find_heads, two_rows
-from keras_distill.links import call_model, input_spec, symbolic_run
 from keras_distill.losses.base import PACKAGE
 from keras_distill.online.gated import pooled, symbolic_inputs
+from keras_distill.specs import input_spec, output_spec, symbolic_run
+from keras_distill.taps import call_model
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

@@ -10,9 +10,9 @@ from keras import ops
 
 from keras_distill.base import BaseDistiller
 from keras_distill.heads import find_heads, two_rows
-from keras_distill.links import call_model
 from keras_distill.losses.base import PACKAGE, DistillationLoss, number
 from keras_distill.losses.regularization import VirtualTeacher
+from keras_distill.taps import call_model
 from keras_distill.terms import Counted
 
 

@@ -7,7 +7,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_distill import distribute
+from keras_distill.distribute.checks import check_scope
+from keras_distill.distribute.replicas import pad_empty, replica_count, share_of
+from keras_distill.distribute.updates import sum_gradients
+from keras_distill.distribute.workers import as_logs
 from keras_distill.losses.base import number
 from keras_distill.steps_tensorflow.discarding import Discarding, restore
 from keras_distill.steps_tensorflow.gradients import Gradients, dense, values_of
@@ -28,7 +31,7 @@ class Steps(Gradients, Discarding, Running):
                 losses = self.weighted_losses(x, y, sample_weight, training=True)
                 groups = self._groups(losses)
             gradients = [
-                distribute.sum_gradients(tape.gradient(group, values_of(variables)))
+                sum_gradients(tape.gradient(group, values_of(variables)))
                 for group in groups
             ]
             self._log_gradient_shares(tape, losses)
@@ -46,8 +49,8 @@ class Steps(Gradients, Discarding, Running):
 
     def _unpack(self: Any, data: Any) -> tuple[Any, Any, Any, Share]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        share = distribute.share_of(x)
-        x, y, sample_weight = distribute.pad_empty((x, y, sample_weight), share)
+        share = share_of(x)
+        x, y, sample_weight = pad_empty((x, y, sample_weight), share)
         return x, y, sample_weight, share
 
     def _assert_finite(self: Any, known: Any) -> None:
@@ -114,16 +117,16 @@ class Steps(Gradients, Discarding, Running):
         if "labelled" in share.logged:
             results |= self._compiled_results()
         shown = [name for name in self._logs.names if name in share.logged]
-        return distribute.as_logs(results | self._logs.results(shown))
+        return as_logs(results | self._logs.results(shown))
 
     def _check_scope(self: Any, student: Any) -> None:
-        distribute.check_scope(student)
+        check_scope(student)
 
     def _check_compile(
         self: Any, optimizer: Any, jit_compile: Any, check_finite: bool, across: bool
     ) -> None:
         """Refuses options that do not go together."""
-        several = distribute.replicas() > 1
+        several = replica_count() > 1
         if check_finite and jit_compile is True:
             raise ValueError(
                 "`check_finite=True` does not work with `jit_compile=True`: XLA has no "

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_distill import distribute
+from keras_distill.distribute.replicas import all_reduce
 from keras_distill.steps_tensorflow.gradients import dense
 from keras_distill.weighting import Share
 
@@ -27,7 +27,7 @@ class Discarding:
                 self._logs.update("skipped", tf.where(ok, 0.0, 1.0), 1.0)
         if share.replicas == 1:
             return ok, ok
-        empty = distribute.all_reduce(tf.cast(tf.equal(share.rows, 0), tf.float32))
+        empty = all_reduce(tf.cast(tf.equal(share.rows, 0), tf.float32))
         full = tf.equal(empty, 0)
         if self._drops_ragged(share):
             if log:

@@ -7,9 +7,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_distill import distribute
+from keras_distill.distribute.replicas import first_replica, replica_count
+from keras_distill.distribute.updates import (
+    apply_gradients,
+    clip_gradients,
+    sum_gradients,
+)
 from keras_distill.heads import two_rows
-from keras_distill.links import children, reading, run_with_taps
+from keras_distill.taps import children, reading, run_with_taps
 
 
 class Gradients:
@@ -54,7 +59,7 @@ class Gradients:
         optimizer = optimizer or self.optimizer
         policy = self._options["gradient_policy"]
         gradients = groups[0]
-        if policy or distribute.replicas() > 1:
+        if policy or replica_count() > 1:
             # Policies and clipping see gradients without the loss scale.
             scale = optimizer.scale_loss(tf.ones(()))
             groups = [
@@ -64,11 +69,11 @@ class Gradients:
             gradients = groups[0]
             if policy:
                 gradients = self._combined(policy, *groups, variables)
-            gradients = distribute.clip(optimizer, gradients)
+            gradients = clip_gradients(optimizer, gradients)
             gradients = [None if g is None else g * scale for g in gradients]
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             ok = None  # it skips such batches itself, and lowers its scale
-        distribute.apply(optimizer, gradients, variables, ok)
+        apply_gradients(optimizer, gradients, variables, ok)
 
     def _combined(
         self: Any,
@@ -108,15 +113,13 @@ class Gradients:
         def shares() -> Any:
             norms = []
             for name in names:
-                gradients = distribute.sum_gradients(
-                    tape.gradient(losses[name], values)
-                )
+                gradients = sum_gradients(tape.gradient(losses[name], values))
                 some = [dense(g) for g in gradients if g is not None]
                 norms.append(tf.linalg.global_norm(some) if some else tf.zeros(()))
             return tf.math.divide_no_nan(tf.stack(norms), tf.add_n(norms))
 
         due = tf.equal(tf.cast(self.optimizer.iterations, tf.int64) % every, 0)
-        if distribute.replicas() > 1:
+        if replica_count() > 1:
             found = shares()  # collectives cannot be inside a cond
         else:
             found = tf.cond(due, shares, lambda: tf.zeros(len(names)))
@@ -147,7 +150,7 @@ class Gradients:
             ]
         by_variable, by_layer = tape.gradient(
             keras.tree.flatten(features),
-            ([distribute.first(v.value) for v in trainable], outputs),
+            ([first_replica(v.value) for v in trainable], outputs),
         )
         reached = {
             id(v)

@@ -8,9 +8,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_distill import distribute
 from keras_distill.data import reads_epoch, set_epoch
-from keras_distill.links import symbolic_run
+from keras_distill.distribute.agreement import begin_together
+from keras_distill.distribute.checks import check_batch_size
+from keras_distill.distribute.replicas import alone
+from keras_distill.distribute.workers import is_chief, sharded_by_rows, written_by_chief
+from keras_distill.specs import symbolic_run
 from keras_distill.weighting import this_share
 
 
@@ -73,14 +76,12 @@ class Running:
                 "would begin an epoch with rows of the one before. Use `.take(n)` on "
                 "the data set instead."
             )
-        distribute.check_batch_size(batch_size, x, self.distribute_strategy)
+        check_batch_size(batch_size, x, self.distribute_strategy)
         self._set_class_weight(class_weight)
         self._note_one_weight(kwargs.get("sample_weight"))
         x = self._shared_data(x)
         validation_data = self._shared_data(validation_data)
-        distribute.begin_together(
-            self.distribute_strategy, self.variables, self.described
-        )
+        begin_together(self.distribute_strategy, self.variables, self.described)
         counter = EpochCounter()
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(counter)
@@ -88,9 +89,9 @@ class Running:
             callbacks = _in_order(keras.tree.flatten(callbacks or []))
             callbacks = [counter, *callbacks]
         self._initial_epoch = None  # a callback that resumed leaves its epoch there
-        if not distribute.is_chief(self.distribute_strategy):
+        if not is_chief(self.distribute_strategy):
             verbose = 0
-        with distribute.written_by_chief(self.distribute_strategy, callbacks):
+        with written_by_chief(self.distribute_strategy, callbacks):
             return super().fit(  # type: ignore[misc]
                 x=x,
                 y=y,
@@ -114,7 +115,7 @@ class Running:
         **kwargs: Any,
     ) -> Any:
         """Evaluates the student, as `keras.Model.evaluate`."""
-        distribute.check_batch_size(batch_size, x, self.distribute_strategy)
+        check_batch_size(batch_size, x, self.distribute_strategy)
         return super().evaluate(  # type: ignore[misc]
             self._shared_data(x), y, batch_size, *args, **kwargs
         )
@@ -123,13 +124,13 @@ class Running:
         self: Any, x: Any, batch_size: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Predicts with the student, as `keras.Model.predict`."""
-        distribute.check_batch_size(batch_size, x, self.distribute_strategy)
+        check_batch_size(batch_size, x, self.distribute_strategy)
         return super().predict(  # type: ignore[misc]
             self._shared_data(x), batch_size, *args, **kwargs
         )
 
     def _shared_data(self: Any, x: Any) -> Any:
-        return distribute.sharded_by_rows(x, self.distribute_strategy)
+        return sharded_by_rows(x, self.distribute_strategy)
 
     def _note_one_weight(self: Any, sample_weight: Any) -> None:
         """Keras repeats one array of weights for every output: remembers it was one."""
@@ -192,7 +193,7 @@ class Running:
         parts = (self._compile_loss, self._compile_metrics)
         if all(part is None or part.built for part in parts):
             return
-        spec = distribute.element_spec(iterator) if iterator is not None else data_batch
+        spec = _element_spec(iterator) if iterator is not None else data_batch
         x, y, _ = keras.utils.unpack_x_y_sample_weight(
             keras.tree.map_structure(_symbol, spec)
         )
@@ -200,7 +201,7 @@ class Running:
             return
 
         def run(x: Any, y: Any) -> Any:
-            with this_share(distribute.alone()):
+            with this_share(alone()):
                 outputs = self(x, training=False)
                 labels, weights = self._read(y, None, training=False)
                 self.hard_loss(labels, outputs, weights, weights)
@@ -217,6 +218,16 @@ def _in_order(callbacks: list[Any]) -> list[Any]:
     for saver in savers:
         saver.with_companions(others)
     return others + savers
+
+
+def _element_spec(iterator: Any) -> Any:
+    """The structure of one batch on one replica, without reading any."""
+
+    def local(spec: Any) -> Any:
+        values = getattr(spec, "_value_specs", None)
+        return values[0] if values else spec
+
+    return tf.nest.map_structure(local, iterator._distributed_dataset.element_spec)
 
 
 def _symbol(spec: Any) -> Any:

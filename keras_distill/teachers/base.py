@@ -10,17 +10,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.graphs import output_spec
 from keras_distill.heads import Head, find_heads, output_names, two_rows
 from keras_distill.identity import fingerprint
 from keras_distill.inputs import plain_inputs, select_inputs
-from keras_distill.links import (
-    call_model,
-    input_spec,
-    paths_of,
-    run_with_taps,
-    symbolic_run,
-)
+from keras_distill.specs import input_spec, output_spec, symbolic_run
+from keras_distill.taps import call_model, paths_of, run_with_taps
 
 
 class Teacher(abc.ABC):

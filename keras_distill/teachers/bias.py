@@ -10,7 +10,8 @@ import numpy as np
 from keras import ops
 
 from keras_distill.heads import Head, two_rows
-from keras_distill.links import call_model, input_spec
+from keras_distill.specs import input_spec
+from keras_distill.taps import call_model
 from keras_distill.teachers.base import Model
 
 

@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_distill.heads import Head
-from keras_distill.links import check_weight
+from keras_distill.losses.base import check_weight
 from keras_distill.teachers.base import Teacher, as_teacher
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_distill.heads import Head
-from keras_distill.links import call_model
+from keras_distill.taps import call_model
 from keras_distill.teachers.bias import add_to_bias, last_bias
 from keras_distill.teachers.specialists import Specialists
 

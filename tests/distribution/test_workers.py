@@ -15,8 +15,8 @@ import pytest
 import tensorflow as tf
 from distribution import worker
 
-from keras_distill import distribute
 from keras_distill import launch as launcher
+from keras_distill.distribute.agreement import check_keras
 
 
 def launch(directory, count, *arguments, options=()):
@@ -129,16 +129,16 @@ def test_workers_that_differ_are_refused(workers, kind, what):
 
 
 def test_keras_itself_cannot_yet(workers):
-    """Fails once keras#20585 is mended: then `distribute.py` has overrides to drop."""
+    """Fails once keras#20585 is mended: then `distribute` has overrides to drop."""
     for _, logs in workers[0]:
         assert logs["keras"] is not None, f"Keras {keras.__version__} trains by itself"
 
 
 def test_a_keras_that_nobody_tried_is_said(monkeypatch):
-    distribute.check_keras()
+    check_keras()
     monkeypatch.setattr(keras, "__version__", "3.99.0")
     with pytest.warns(UserWarning, match=r"tried with Keras up to 3\.\d+"):
-        distribute.check_keras()
+        check_keras()
 
 
 @pytest.mark.parametrize("workers", [2], indirect=True)

@@ -1,0 +1,1 @@
+"""What training under `tf.distribute` needs, and nothing else does."""
