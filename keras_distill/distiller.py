@@ -17,7 +17,9 @@ from keras_distill.remembering import Remembering
 from keras_distill.soft import SoftTerm
 from keras_distill.specs import symbolic_run
 from keras_distill.taps import run_with_taps
-from keras_distill.teachers.base import Absent, Model, Teacher, as_teacher
+from keras_distill.teachers.base import Absent, Teacher
+from keras_distill.teachers.ensemble import as_teacher
+from keras_distill.teachers.model import Model
 from keras_distill.weighting import by_output
 
 

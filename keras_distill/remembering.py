@@ -9,7 +9,8 @@ import keras
 
 from keras_distill.links import Link
 from keras_distill.losses.base import number
-from keras_distill.teachers.base import Absent, Model
+from keras_distill.teachers.base import Absent
+from keras_distill.teachers.model import Model
 
 
 class Remembering:

@@ -19,7 +19,7 @@ from keras_distill.losses.flow import FlowOfProcedure, SingularValue
 from keras_distill.specs import input_spec, symbolic_run
 from keras_distill.tables import text_table
 from keras_distill.taps import call_model, children, reading
-from keras_distill.teachers.base import Model
+from keras_distill.teachers.model import Model
 
 PARTS = 3  # of a network that is one stage throughout
 NORMALIZATION = keras.layers.BatchNormalization

@@ -14,7 +14,8 @@ from losses import golden
 
 import keras_distill as kd
 from keras_distill.identity import fingerprint
-from keras_distill.teachers.base import Absent, as_teacher
+from keras_distill.teachers.base import Absent
+from keras_distill.teachers.ensemble import as_teacher
 
 
 class Fixed(kd.teachers.Teacher):

@@ -24,8 +24,8 @@ from keras_distill.monitoring.views import (
     views_of,
 )
 from keras_distill.taps import paths_of
-from keras_distill.teachers.base import as_teacher
 from keras_distill.teachers.cache import Cache
+from keras_distill.teachers.ensemble import as_teacher
 
 _BRANCH = re.compile(r"(branch|exit|net)_\d+_accuracy|ensemble_accuracy")
 

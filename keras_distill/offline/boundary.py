@@ -18,7 +18,8 @@ from keras_distill.offline.preset import (
     tap_shapes,
 )
 from keras_distill.offline.stages import Staged
-from keras_distill.teachers.base import Teacher, as_teacher
+from keras_distill.teachers.base import Teacher
+from keras_distill.teachers.ensemble import as_teacher
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

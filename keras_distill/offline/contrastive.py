@@ -15,7 +15,7 @@ from keras_distill.losses.base import PACKAGE
 from keras_distill.offline.memory import MemoryBank, check_count
 from keras_distill.offline.preset import labels_and_links, tap_shapes, two_layers
 from keras_distill.taps import paths_of
-from keras_distill.teachers.base import as_teacher
+from keras_distill.teachers.ensemble import as_teacher
 from keras_distill.weighting import current_share
 
 

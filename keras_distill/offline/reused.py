@@ -17,7 +17,9 @@ from keras_distill.losses.feature import Hint
 from keras_distill.offline.preset import Preset, tap_shapes, two_layers
 from keras_distill.specs import symbolic_run
 from keras_distill.taps import call_model
-from keras_distill.teachers.base import Model, Teacher, as_teacher
+from keras_distill.teachers.base import Teacher
+from keras_distill.teachers.ensemble import as_teacher
+from keras_distill.teachers.model import Model
 
 PROJECTED = "/projected"  # no layer has such a path
 

@@ -12,7 +12,7 @@ from keras import ops
 from keras_distill.heads import Head, two_rows
 from keras_distill.specs import input_spec
 from keras_distill.taps import call_model
-from keras_distill.teachers.base import Model
+from keras_distill.teachers.model import Model
 
 
 def correct_bias(

@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from keras_distill.heads import Head
 from keras_distill.losses.response import SoftTarget
-from keras_distill.teachers.base import Teacher, as_teacher
+from keras_distill.teachers.base import Teacher
+from keras_distill.teachers.ensemble import as_teacher
 from keras_distill.teachers.store.attaching import attached, check_first, check_replay
 from keras_distill.teachers.store.building import Builder, checked_arguments
 from keras_distill.teachers.store.lookup import Lookup

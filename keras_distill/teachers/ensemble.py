@@ -1,4 +1,4 @@
-"""Several models as one teacher."""
+"""Several models as one teacher, and what else may be given as one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from keras import ops
 
 from keras_distill.heads import Head
 from keras_distill.losses.base import check_weight
-from keras_distill.teachers.base import Teacher, as_teacher
+from keras_distill.teachers.base import Teacher
+from keras_distill.teachers.model import Model
 
 
 class Ensemble(Teacher):
@@ -176,3 +177,21 @@ class Ensemble(Teacher):
 
     def __repr__(self) -> str:
         return f"teachers.Ensemble({len(self.teachers)} models, {self.combine!r})"
+
+
+def as_teacher(teacher: Any) -> Teacher:
+    """Any teacher: a `Teacher`, a Keras model, or a list of either (an ensemble).
+
+    Raises:
+        TypeError: If it is none of those.
+    """
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, keras.Model):
+        return Model(teacher)
+    if isinstance(teacher, (list, tuple)):
+        return Ensemble(teacher)
+    raise TypeError(
+        "`teacher` must be a keras.Model, a list of models, or a kd.teachers.Teacher. "
+        f"Received: {teacher!r}"
+    )

@@ -12,8 +12,9 @@ import tensorflow as tf
 
 from keras_distill.inputs import plain_inputs
 from keras_distill.tables import text_table
-from keras_distill.teachers.base import Teacher, as_teacher
+from keras_distill.teachers.base import Teacher
 from keras_distill.teachers.cut import keep_or_drop
+from keras_distill.teachers.ensemble import as_teacher
 from keras_distill.teachers.reading import (
     NO_LABEL,
     Reading,

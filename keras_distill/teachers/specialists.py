@@ -11,7 +11,8 @@ import numpy as np
 from keras import ops
 
 from keras_distill.heads import Head, with_mask_of
-from keras_distill.teachers.base import Teacher, as_teacher
+from keras_distill.teachers.base import Teacher
+from keras_distill.teachers.ensemble import as_teacher
 
 # Stands for log 0: finite, so that differences of two of them are no NaN.
 LOG_ZERO = -1e30

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_distill.teachers.base import Teacher, as_teacher
+from keras_distill.teachers.base import Teacher
+from keras_distill.teachers.ensemble import as_teacher
 from keras_distill.teachers.reading import class_head, dataset_of, reader
 
 LOWEST, HIGHEST = 1e-3, 1e6

@@ -19,8 +19,8 @@ from keras_tuner.errors import FailedTrialError, FatalValueError
 from keras_distill.distiller import Distiller
 from keras_distill.fitting import unique
 from keras_distill.losses.base import number
-from keras_distill.teachers.base import as_teacher
 from keras_distill.teachers.cache import Cache
+from keras_distill.teachers.ensemble import as_teacher
 from keras_distill.tuning.folder import check_folder
 from keras_distill.tuning.objectives import check_objective
 from keras_distill.tuning.spaces import Choice, Numbers
