@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_distill.losses.base import number
+
 _REPEATS = 3
 
 
@@ -73,3 +75,35 @@ class TeacherClock:
         for output in keras.tree.flatten(self._run(x)):
             np.asarray(output)  # waits for the device
         return time.perf_counter() - began
+
+
+class TeacherShare:
+    """The teacher's part of the time of a training step.
+
+    Args:
+        model: The distiller.
+        clock: The teacher's.
+    """
+
+    def __init__(self, model: Any, clock: TeacherClock) -> None:
+        self._model, self._clock = model, clock
+        self.begin()
+
+    def begin(self) -> None:
+        """An epoch begins."""
+        self._rows: float | None = None
+
+    def note_rows(self) -> None:
+        """Training of this epoch has ended: what follows counts other rows."""
+        if self._rows is None:
+            self._rows = number(self._model._loss_tracker.count)
+
+    def of(self, steps: StepClock) -> float:
+        """The part, between 0 and 1."""
+        model = self._model
+        terms = model.teacher_terms
+        if not terms or not bool(model.term_active(terms[0])):
+            return 0.0
+        replicas = model.distribute_strategy.num_replicas_in_sync
+        rows = round((self._rows or 0) / steps.steps / replicas)
+        return min(self._clock.seconds(max(rows, 1)) / steps.seconds, 1.0)
