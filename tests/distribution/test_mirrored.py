@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
+from distribution.worker import Ids
 from keras import layers
 
 import keras_distill as kd
@@ -320,26 +321,6 @@ def test_distillers_without_a_teacher(strategy, make, data, count):
 
 
 # -- rows -------------------------------------------------------------------------
-
-
-@keras.saving.register_keras_serializable(package="tests")
-class Ids(layers.Layer):
-    """Notes the first feature of every row that comes by."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.seen = []
-
-    def call(self, x):
-        def note(first):
-            self.seen += first[:, 0].astype(int).tolist()
-            return first
-
-        first = tf.numpy_function(note, [x[:, :1]], x.dtype)
-        return tf.concat([tf.ensure_shape(first, (None, 1)), x[:, 1:]], 1)
-
-    def compute_output_spec(self, x):
-        return keras.KerasTensor(x.shape, x.dtype)
 
 
 def test_every_row_is_seen_once_in_every_epoch(strategy):
