@@ -219,6 +219,7 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
 
     @alpha.setter
     def alpha(self, value: Any) -> None:
+        check_weight("alpha", value)
         self._terms["hard"] = value
 
     @property
@@ -260,7 +261,8 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
             losses["hard"] = hard * self._terms["hard"] if training else hard
         for term, value in terms.items():
             losses[term] = self._weighted(term, value)
-        extra = self.regularization()
+        # In evaluation nothing but the student runs: an adapter's would be stale.
+        extra = self.regularization(None if training else self.student)
         if extra is not None:
             losses["regularization"] = extra
         if losses:

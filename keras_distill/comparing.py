@@ -31,6 +31,13 @@ def apply_loss(
     Raises:
         ValueError: If the loss needs labels and there are none.
     """
+    if isinstance(own, (list, tuple)) and not isinstance(loss, DistillationLoss):
+        # A loss of Keras's compares two tensors: its mean over the pairs of taps.
+        values = [
+            apply_loss(loss, one, other, labels, weight, across_replicas)
+            for one, other in zip(known, own, strict=True)
+        ]
+        return sum(values) / len(values)
     mask = getattr(own, "_keras_mask", None)
     share = current_share()
     if getattr(loss, "needs_labels", False) and labels is None:

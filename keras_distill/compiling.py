@@ -43,8 +43,8 @@ class Compiling:
                 computes in float16.
             check_finite: Whether NaN or infinity in the teacher's outputs is an error
                 that names the batch.
-            skip_nonfinite: Whether a batch with NaN or infinity in loss or gradients
-                changes nothing; the log `skipped` counts such batches.
+            skip_nonfinite: Whether a batch whose gradients hold NaN or infinity changes
+                nothing; the log `skipped` is the share of such batches.
             log_gradient_share: Every so many steps log each weighted term's share of
                 the gradient norm over the student's weights; 0 for never.
             gradient_policy: Function `(main, transfer, variables, epoch) -> gradients`

@@ -20,7 +20,7 @@ from keras_distill.taps import run_with_taps
 from keras_distill.teachers.base import Absent, Teacher
 from keras_distill.teachers.ensemble import as_teacher
 from keras_distill.teachers.model import Model
-from keras_distill.weighting import by_output
+from keras_distill.weighting import by_output, marked
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -217,6 +217,10 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
         across = self._options["across_replicas"]
         terms: dict[str, Any] = {}
         flat, flat_known = keras.tree.flatten(outputs), keras.tree.flatten(known)
+        labels = [
+            marked(one, output, self.unlabelled)
+            for one, output in zip(by_output(y, flat, self._names), flat, strict=True)
+        ]
         soft = []
         for match in self._matches:
             student, teacher = (
@@ -235,9 +239,13 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
             weight = sample_weight
             if isinstance(weight, dict):
                 weight = weight[match.name]
-            labels = by_output(y, flat, self._names)[match.student_index]
             value = apply_loss(
-                self._soft_loss, teacher, student, labels, weight, across
+                self._soft_loss,
+                teacher,
+                student,
+                labels[match.student_index],
+                weight,
+                across,
             )
             soft.append(match.weight * value)
         if soft:
@@ -250,7 +258,7 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
                 link.loss,
                 teacher,
                 adapted[link.name],
-                by_output(y, flat, self._names)[0],
+                labels[0],
                 sample_weight,
                 across,
             )

@@ -117,23 +117,25 @@ def find_heads(
     shapes = [
         (None, *tuple(output.shape)[1:]) for output in keras.tree.flatten(outputs)
     ]
-    if from_logits is not None:
-        kind = "logits" if from_logits else "attached"
-        return [Head(n, s, kind) for n, s in zip(names, shapes, strict=True)]
+    if from_logits:
+        return [Head(n, s) for n, s in zip(names, shapes, strict=True)]
     values = keras.tree.flatten(run())
+    declared = from_logits is not None
     return [
-        Head(n, s, _kind(n, value, argument))
+        Head(n, s, _kind(n, value, argument, declared))
         for n, s, value in zip(names, shapes, values, strict=True)
     ]
 
 
-def _kind(name: str, output: Any, argument: str) -> str:
+def _kind(name: str, output: Any, argument: str, declared: bool) -> str:
+    """What an output is; declared: that it is probabilities."""
     attached = getattr(output, "_keras_logits", None) is not None
     values = np.asarray(ops.convert_to_numpy(ops.cast(output, "float32")))
     if values.ndim < 2 or values.shape[-1] == 1:
-        return "attached" if attached else "logits"
+        bare = "probabilities" if declared else "logits"
+        return "attached" if attached else bare
     sums_to_one = np.all(values >= 0) and np.allclose(values.sum(-1), 1, atol=1e-2)
-    if attached and not sums_to_one:
+    if (attached or declared) and not sums_to_one:
         raise ValueError(
             f"The output {name!r} has {values.shape[-1]} sigmoid units (multi-label): "
             "soft targets over classes do not apply to it. Give `soft_loss=None`, or a "
@@ -141,6 +143,8 @@ def _kind(name: str, output: Any, argument: str) -> str:
         )
     if attached:
         return "attached"
+    if declared:
+        return "probabilities"
     if sums_to_one:
         warnings.warn(
             f"The output {name!r} gives probabilities without their logits; "

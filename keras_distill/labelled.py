@@ -133,11 +133,13 @@ class Labelled:
         def pack(items: list[Any]) -> Any:
             return keras.tree.pack_sequence_as(outputs, items)
 
-        rows = current_rows()
-        if len(flat) == 1 and labels[0] is not None and labels[0].valid is not None:
-            rows = _valid_rows(labels[0].valid, rows)
         y = pack([None if label is None else label.values for label in labels])
-        return y, pack(shown), None if _all_none(weights) else pack(weights), rows
+        return (
+            y,
+            pack(shown),
+            None if _all_none(weights) else pack(weights),
+            _rows(labels),
+        )
 
     def _read(
         self: Any, y: Any, sample_weight: Any, training: bool
@@ -193,6 +195,15 @@ def _values_of(output: Any) -> Any:
     return ops.cast(output[..., 0] if len(output.shape) > 1 else output, "float32")
 
 
-def _valid_rows(valid: Any, rows: Any) -> Any:
-    """How much a batch counts: its rows, in the share of positions with a label."""
-    return rows * ops.mean(ops.cast(valid, "float32"))
+def _rows(labels: list[Labels | None]) -> Any:
+    """How much a batch counts: its rows, in the share of positions with a label.
+
+    With several outputs that is the mean over those for which the data have labels.
+    """
+    rows = current_rows()
+    shares = [
+        1.0 if label.valid is None else ops.mean(ops.cast(label.valid, "float32"))
+        for label in labels
+        if label is not None
+    ]
+    return rows * (sum(shares) / len(shares))

@@ -23,7 +23,8 @@ class Link:
         teacher_layer: Where to read the teacher, likewise. In a list of teachers the
             path begins with the teacher's index: `"0/block3"`.
         loss: Any Keras loss: an instance, a string or a function. Lambdas train, but
-            cannot be saved.
+            cannot be saved. Those of `kd.losses` get a list of taps as it is; of any
+            other the mean over the pairs of taps is taken.
         weight: Weight of the term, at least 0.
         adapter: Maps the student's features to the teacher's shape: None, `"auto"`
             (the smallest layer that does; nothing where the shapes agree), or any

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_distill.links import Link
+from keras_distill.links import Link, serialize_function
 from keras_distill.losses.base import number
 from keras_distill.teachers.base import Absent
 from keras_distill.teachers.model import Model
@@ -19,6 +19,7 @@ class Remembering:
     def get_config(self: Any) -> dict[str, Any]:
         config = super().get_config()  # type: ignore[misc]
         serialize = keras.saving.serialize_keras_object
+        config.setdefault("alpha", None)  # without a hard term
         config["teacher"] = self._remembered_teacher()
         config["soft_loss"] = serialize(self._soft_loss)
         if self._soft_loss is not None:
@@ -66,7 +67,15 @@ class Remembering:
             "kinds": [kinds.get(name, "logits") for name in teacher.names],
             "taps": {tap: list(spec.shape) for tap, spec in specs.items()},
             "fingerprint": teacher.fingerprint(),
+            "arguments": self._saved_arguments(),
         }
+
+    def _saved_arguments(self: Any) -> dict[str, Any]:
+        """How the teacher that is saved beside the distiller was wrapped."""
+        if not (self.save_teacher and isinstance(self.teacher, Model)):
+            return {}
+        inputs = serialize_function("inputs", self.teacher.inputs)
+        return {"inputs": inputs, "from_logits": self.teacher.from_logits}
 
     def save_assets(self: Any, dir_path: str) -> None:
         super().save_assets(dir_path)  # type: ignore[misc]
@@ -77,4 +86,8 @@ class Remembering:
         super().load_assets(dir_path)  # type: ignore[misc]
         path = os.path.join(dir_path, "teacher.keras")
         if os.path.exists(path):
-            self._set_teacher(Model(keras.saving.load_model(path, compile=False)))
+            model = keras.saving.load_model(path, compile=False)
+            arguments = keras.saving.deserialize_keras_object(
+                self.teacher.memory.get("arguments", {})
+            )
+            self._set_teacher(Model(model, **arguments))

@@ -110,8 +110,14 @@ class StopTeacher(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        terms = getattr(self.model, "teacher_terms", None)
+        if terms is None:
+            raise ValueError(
+                "StopTeacher needs a distiller with a teacher. "
+                f"Received: {self.model!r}"
+            )
         if epoch >= self.epoch:
-            for term in self.model.teacher_terms:
+            for term in terms:
                 self.model.term_weights[term] = 0.0
 
 

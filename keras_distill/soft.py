@@ -9,7 +9,7 @@ import keras
 
 from keras_distill.heads import Head, find_heads, two_rows
 from keras_distill.links import as_loss
-from keras_distill.losses.base import DistillationLoss, number
+from keras_distill.losses.base import DistillationLoss, check_weight, number
 from keras_distill.losses.response import SoftTarget
 from keras_distill.losses.tempered import LearnedTemperature
 from keras_distill.matching import Match, check_match, match_heads
@@ -37,7 +37,9 @@ class SoftTerm:
         if hasattr(loss, "temperature"):
             self._temperature = self._own_temperature(loss.temperature)
             loss.temperature = self._temperature
-        self.add_term("soft", 0.9 if beta is None else beta)
+        beta = 0.9 if beta is None else beta
+        check_weight("beta", beta)
+        self.add_term("soft", beta)
         self._matches = self._match_outputs(compares_logits)
         self._check_teacher(self.teacher)
         if compares_logits:
@@ -63,6 +65,12 @@ class SoftTerm:
         if self._temperature is None:
             teacher.check_temperature(1.0)
         elif self._learns_temperature:
+            if teacher.one_temperature:
+                raise ValueError(
+                    "A learned temperature needs the gradient of the teacher's side "
+                    f"too; {teacher!r} makes its outputs for one temperature at a "
+                    "time. Use combine='geometric' in an ensemble."
+                )
             for value in self._temperature.reach:
                 teacher.check_temperature(value)
         else:
@@ -111,6 +119,7 @@ class SoftTerm:
 
     @beta.setter
     def beta(self: Any, value: Any) -> None:
+        check_weight("beta", value)
         self._terms["soft"] = value
 
     @property

@@ -215,6 +215,18 @@ def read_labels(
     return Labels(y)
 
 
+def marked(y: Any, output: Any, unlabelled: int | None) -> Any:
+    """Labels as this library's losses take them: -1 where an integer means "none"."""
+    if y is None or unlabelled is None:
+        return y
+    y = ops.convert_to_tensor(y)
+    one_hot = len(y.shape) == len(output.shape) and y.shape[-1] != 1
+    if one_hot:
+        return y
+    y = ops.cast(y, "int32")
+    return ops.where(y == unlabelled, -1, y)
+
+
 def class_weights(labels: Labels, table: dict[int, float]) -> Any:
     """The class weight of every position; 1 for classes not in the table, or no label.
 

@@ -202,6 +202,27 @@ def test_losses_with_several_temperatures_and_arithmetic_ensembles():
     tiny.distiller(known=geometric, soft_loss=loss)
 
 
+def test_what_changes_the_scale_and_arithmetic_ensembles():
+    teachers = [tiny.mlp(), tiny.mlp()]
+    geometric = kd.teachers.Ensemble(teachers, combine="geometric")
+    standardized = kd.losses.SoftTarget(2.0, standardize=True)
+    with pytest.raises(ValueError, match="changes the scale.*combine='geometric'"):
+        tiny.distiller(known=teachers, soft_loss=standardized)
+    tiny.distiller(known=geometric, soft_loss=standardized)
+    with pytest.raises(ValueError, match="learned temperature.*combine='geometric'"):
+        tiny.distiller(known=teachers, temperature=kd.LearnedTemperature())
+    tiny.distiller(known=geometric, temperature=kd.LearnedTemperature())
+
+
+@pytest.mark.parametrize("argument", ["alpha", "beta"])
+def test_an_error_of_a_weight_names_its_argument(argument):
+    with pytest.raises(ValueError, match=f"`{argument}` must be finite"):
+        tiny.distiller(**{argument: -1.0})
+    distiller = tiny.distiller()
+    with pytest.raises(ValueError, match=f"`{argument}` must be finite"):
+        setattr(distiller, argument, -1.0)
+
+
 def test_output_weights():
     with pytest.raises(ValueError, match=r"one weight per output \['logits'\]"):
         tiny.distiller(output_weights=[1.0, 2.0])

@@ -259,6 +259,17 @@ def test_regularisers_of_adapters_count():
     assert float(np.sum(adapter.kernel.numpy() ** 2)) < norm
 
 
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_an_evaluation_knows_nothing_of_the_adapters_losses(run_eagerly):
+    x, y = tiny.data(16)
+    adapter = keras.layers.Dense(12, activity_regularizer="l2", kernel_regularizer="l2")
+    link = kd.Link("hidden", "hidden", "mse", adapter=adapter)
+    distiller = tiny.distiller(links=[link])
+    tiny.compiled(distiller, run_eagerly=run_eagerly)
+    logs = tiny.history(distiller, x, y, batch_size=16, validation_data=(x, y))
+    assert logs["val_loss"] == logs["val_hard_loss"]
+
+
 # -- live numbers ----------------------------------------------------------------------
 
 

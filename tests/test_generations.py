@@ -235,6 +235,22 @@ def test_noisy_student_counts_labels_and_the_teachers_word():
         )
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_noisy_student_with_labels_that_have_no_sign(streamed):
+    x, y = tiny.data()
+    more, pairs = tiny.data(24, seed=1)[0], (x, y.astype("uint8"))
+    if streamed:
+        pairs = tf.data.Dataset.from_tensor_slices(pairs).batch(24)
+        more = tf.data.Dataset.from_tensor_slices(more).batch(24)
+    options = {"generations": 2, "epochs": 1, **QUIET}
+    result = generations.noisy_student(
+        build, OPTIONS, pairs, unlabelled=more, **options
+    )
+    logs = result.histories[1]
+    start = float(tiny.SPARSE(y, build()(x)))
+    assert 0 < logs["hard_loss"][0] <= start * (1 + 1e-4)
+
+
 # -- the chain ----------------------------------------------------------------------
 
 

@@ -394,3 +394,38 @@ def test_pixels():
     wide = weight[:, None, None]
     assert logs["hard_loss"] == pytest.approx(np.mean(wide * hard), rel=1e-5)
     assert logs["soft_loss"] == pytest.approx(np.mean(wide * soft), rel=1e-5)
+
+
+def test_with_several_outputs_a_batch_without_labels_has_no_say():
+    inputs = keras.Input((tiny.FEATURES,))
+    outputs = {n: keras.layers.Dense(tiny.CLASSES, name=n)(inputs) for n in "ab"}
+    x, y = tiny.data(8)
+    both = np.concatenate([x, x]), np.concatenate([y, np.full(8, -1)])
+    distiller = kd.BaseDistiller(keras.Model(inputs, outputs))
+    distiller.compile("sgd", dict.fromkeys("ab", tiny.SPARSE), run_eagerly=True)
+
+    def measured(x, y):
+        labels = {"a": y, "b": y}
+        return distiller.evaluate(x, labels, batch_size=8, verbose=0, return_dict=True)
+
+    expected = measured(x, y)["hard_loss"]
+    assert measured(*both)["hard_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("place", ["soft", "link"])
+def test_losses_with_labels_know_which_are_missing(place):
+    x, y = tiny.data(8)
+    missing = np.arange(8) % 2 == 0
+    values = []
+    for none in (-1, 255):
+        keras.utils.set_random_seed(0)
+        loss = kd.losses.DecoupledKD()
+        arguments = {"soft_loss": loss}
+        if place == "link":
+            link = kd.Link("logits", "logits", loss, name="link")
+            arguments = {"soft_loss": None, "links": [link]}
+        distiller = tiny.distiller(tiny.linear(), unlabelled=none, **arguments)
+        tiny.compiled(distiller, optimizer=keras.optimizers.SGD(0.0))
+        logs = tiny.history(distiller, x, np.where(missing, none, y), batch_size=8)
+        values.append(logs[f"{place}_loss"][0])
+    assert values[0] == pytest.approx(values[1], rel=1e-6)

@@ -145,3 +145,19 @@ def test_a_tap_in_a_list_of_teachers():
     expected = float(np.mean((np.asarray(own) - np.asarray(known)) ** 2))
     logs = tiny.history(distiller, x, y)
     assert logs["hidden_loss"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_of_keras_on_several_taps_is_the_mean_of_the_pairs():
+    # As many rows as taps, and grids of two sizes: nothing can be stacked here.
+    x, y = tiny.images(2)
+    weight = np.array([1.0, 0.0], "float32")
+    student, teacher = tiny.cnn(), tiny.cnn()
+    taps = ["block1", "block2"]
+    link = kd.Link(taps, taps, "mse", name="link")
+    distiller = tiny.compiled(kd.Distiller(student, teacher, links=[link]))
+    own = run_with_taps(student, x, taps, True)[1]
+    known = run_with_taps(teacher, x, taps, False)[1]
+    of_row_0 = [np.mean(np.square((own[t] - known[t])[0])) for t in taps]
+    logs = tiny.history(distiller, x, y, sample_weight=weight)
+    expected = np.mean(of_row_0) / 2
+    assert logs["link_loss"][0] == pytest.approx(float(expected), rel=1e-4)

@@ -121,6 +121,35 @@ def test_save_teacher_keeps_the_teacher_in_the_file(tmp_path):
         tiny.distiller(known=[tiny.mlp(), tiny.mlp()], save_teacher=True)
 
 
+def test_a_teacher_in_the_file_is_wrapped_as_it_was(tmp_path):
+    inputs = keras.Input((tiny.FEATURES,))
+    bare = keras.layers.Dense(tiny.CLASSES)(inputs)
+    bare = bare / keras.ops.sum(bare, -1, keepdims=True)  # no softmax to be seen
+    model = keras.Model(inputs, bare)
+    known = kd.teachers.Model(model, inputs="seen", from_logits=True)
+    x, y = tiny.data()
+    distiller = tiny.distiller(known=known, student_inputs="seen", save_teacher=True)
+    tiny.compiled(distiller)
+    distiller.fit({"seen": x}, y, verbose=0)
+    distiller.save(tmp_path / "d.keras")
+    loaded = keras.saving.load_model(tmp_path / "d.keras")
+    assert loaded.teacher.inputs == "seen"
+    assert loaded.teacher.from_logits is True
+    assert loaded.teacher.fingerprint() == known.fingerprint()
+    loaded.fit({"seen": x}, y, verbose=0)
+
+
+def test_without_a_hard_term_there_is_none_after_loading(tmp_path):
+    x, _ = tiny.data()
+    distiller = tiny.distiller(alpha=None)
+    distiller.save(tmp_path / "d.keras")
+    loaded = keras.saving.load_model(tmp_path / "d.keras")
+    assert "hard" not in loaded.term_weights
+    np.testing.assert_array_equal(
+        loaded.predict(x, verbose=0), distiller.predict(x, verbose=0)
+    )
+
+
 def big(width):
     return keras.Sequential(
         [

@@ -137,6 +137,12 @@ def test_the_teacher_stops():
     assert len(history["soft_loss"]) == len(history["agreement"]) == 1
 
 
+def test_there_must_be_a_teacher_to_stop():
+    made = tiny.compiled(kd.BaseDistiller(tiny.mlp()))
+    with pytest.raises(ValueError, match="needs a distiller with a teacher"):
+        made.fit(*tiny.data(), verbose=0, callbacks=[StopTeacher(1)])
+
+
 def test_presets_end_where_they_should():
     assert cosine(4.0, 1.0, over=3)(0) == 4.0
     assert cosine(4.0, 1.0, over=3)(3) == pytest.approx(1.0)

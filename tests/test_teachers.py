@@ -254,3 +254,52 @@ def test_the_kind_of_the_teachers_head_is_remembered(kind, tmp_path):
     loaded.teacher = distiller.teacher
     logs = [tiny.history(d, x, y) for d in (distiller, loaded)]
     assert logs[0] == logs[1]
+
+
+def test_an_ensemble_asks_its_members_what_they_refuse(tmp_path):
+    x, _ = tiny.data()
+    rows = tf.data.Dataset.from_tensor_slices(x)
+    both = [tiny.mlp(), tiny.mlp()]
+    cache = kd.teachers.Cache.build(both, rows, tmp_path / "c", temperatures=[4.0])
+    ensemble = kd.teachers.Ensemble([cache, tiny.mlp()])
+    with pytest.raises(ValueError, match=r"one of \[4.0\]"):
+        tiny.distiller(known=ensemble, temperature=2.0)
+    tiny.distiller(known=ensemble, temperature=4.0)
+
+
+def test_an_ensemble_does_not_mix_outputs():
+    def named(names):
+        inputs = keras.Input((tiny.FEATURES,))
+        outputs = [keras.layers.Dense(3, name=n)(inputs) for n in names]
+        return keras.Model(inputs, outputs)
+
+    with pytest.raises(ValueError, match="different orders"):
+        kd.teachers.Ensemble([named("ab"), named("ba")])
+    kd.teachers.Ensemble([named("ab"), named("cd")])
+
+
+def test_logits_of_a_geometric_ensemble_are_as_exact_as_its_members():
+    inputs = keras.Input((tiny.FEATURES,))
+    z = keras.layers.Dense(tiny.CLASSES)(inputs)
+    bare = keras.Model(inputs, keras.ops.exp(keras.ops.log_softmax(z)))
+    known = kd.teachers.Model(bare, from_logits=False)
+    mean = kd.teachers.Ensemble([known, tiny.mlp()], combine="geometric")
+    for teacher in (known, mean):
+        with pytest.raises(ValueError, match="unknown constant"):
+            tiny.distiller(known=teacher, soft_loss=kd.losses.LogitMSE())
+
+
+def test_sigmoid_units_are_no_classes_whatever_is_declared():
+    inputs = keras.Input((tiny.FEATURES,))
+    units = keras.layers.Dense(tiny.CLASSES, "sigmoid")(inputs)
+    known = kd.teachers.Model(keras.Model(inputs, units), from_logits=False)
+    with pytest.raises(ValueError, match="multi-label"):
+        tiny.distiller(known=known)
+
+
+def test_what_is_declared_is_part_of_the_fingerprint():
+    model = tiny.mlp()
+    found = {
+        kd.teachers.Model(model, from_logits=f).fingerprint() for f in (None, True)
+    }
+    assert len(found) == 2

@@ -296,6 +296,23 @@ def test_a_trial_with_a_cache_learns_what_one_without_does(tmp_path):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
+def test_each_trial_finds_the_cache_of_what_it_asks_for(tmp_path):
+    def links(hp):
+        layer = hp.Choice("layer", ["hidden", "logits"])
+        return [kd.Link(layer, f"0/{layer}", "mse", adapter="auto", name="link")]
+
+    both = [tiny.teacher(), tiny.mlp()]  # other outputs at each temperature
+    with pytest.raises(ValueError, match="one `temperature` or a Choice"):
+        hypermodel(known=both, cache=tmp_path / "cache")
+    options = {"temperature": tuning.Choice([2, 4]), "alpha": 0.1, "beta": 0.9}
+    model = hypermodel(known=both, cache=tmp_path / "cache", links=links, **options)
+    tuner = search(model, tmp_path, keras_tuner.GridSearch, max_trials=None)
+    rows = tuning.results(tuner)
+    assert len(rows) == 4
+    assert {row["status"] for row in rows} == {"COMPLETED"}
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
 def test_batched_data_do_not_go_with_a_cache(tmp_path):
     model = hypermodel(cache=tmp_path / "cache")
     made = model.build(keras_tuner.HyperParameters())
@@ -365,6 +382,7 @@ def test_a_cache_that_cannot_be_written_ends_the_search(tmp_path):
     [
         ("val_hard_loss", "min"),
         ("val_loss", "min"),
+        ("val_digits_loss", "min"),  # of one output of several
         ("val_accuracy", "max"),
         ("val_agreement", "max"),
     ],

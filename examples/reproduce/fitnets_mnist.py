@@ -6,7 +6,7 @@ trains the student, from the same initial weights, in three ways:
 
 * labels: from the labels alone;
 * soft: from the labels and the teacher's soft targets at T = 3, whose weight falls
-  from 4 to 1;
+  from 4 to 1 (without the factor T², as in the paper);
 * hints: a quarter of the epochs on the teacher's second convolution, which the
   student's fourth one learns to predict through a 1 x 1 convolution; then as `soft`.
 
@@ -113,14 +113,19 @@ class FitNets:
             keras.models.load_model(self._file), rows, self._cached, batch_size=500
         )
         (known,) = cache.attach(rows).batch(len(self._train[1])).as_numpy_iterator()
-        distiller = kd.Distiller(student, cache, temperature=3.0, alpha=1.0, beta=4.0)
+        distiller = kd.Distiller(
+            student, cache, alpha=1.0, beta=4.0, soft_loss=self._soft_targets()
+        )
         fall = kd.schedules.linear(4.0, 1.0, over=max(self._epochs - 1, 1))
         schedule = kd.schedules.Schedule("beta", fall)
         return self._fitted(distiller, seed, known, callbacks=[schedule])
 
     def _hints(self, student: keras.Model, seed: int) -> Row:
         distiller = kd.HintDistiller(
-            student, keras.models.load_model(self._file), hints={"conv4": "conv2"}
+            student,
+            keras.models.load_model(self._file),
+            hints={"conv4": "conv2"},
+            soft_loss=self._soft_targets(),
         )
         epochs = max(self._epochs // 4, 1)
         history = distiller.fit_hints(
@@ -132,6 +137,9 @@ class FitNets:
         losses = history.history["loss"]
         found = self._fitted(distiller, seed, epochs=self._epochs - epochs)
         return found | {"hint, first epoch": losses[0], "hint, last epoch": losses[-1]}
+
+    def _soft_targets(self) -> kd.losses.SoftTarget:
+        return kd.losses.SoftTarget(3.0, scale_by_temperature=False)
 
     def _fitted(
         self,

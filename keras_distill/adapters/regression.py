@@ -157,7 +157,7 @@ class Regressor(Adapter):
     def _kernel(self, student: Shape, teacher: Shape) -> Any:
         if None not in student and None not in teacher:
             axes = list(zip(student, teacher, strict=True))
-            if all((s + 1) // 2 == t and s > 1 for s, t in axes):
+            if all(s == 2 * t for s, t in axes):
                 return "half"
             if all(2 * s == t for s, t in axes):
                 return "double"

@@ -373,6 +373,8 @@ def _joined(data: Any, unlabelled: Any) -> Any:
 
     def join(labelled: Any, x: Any) -> Any:
         own, y = labelled
+        if keras.backend.standardize_dtype(y.dtype).startswith("uint"):
+            y = ops.cast(y, "int64")  # room for -1
         rows = ops.shape(keras.tree.flatten(x)[0])[0]
         missing = ops.zeros((rows, *y.shape[1:]), y.dtype) + ops.cast(_none(y), y.dtype)
         both = keras.tree.map_structure(lambda a, b: ops.concatenate([a, b], 0), own, x)

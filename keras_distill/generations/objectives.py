@@ -18,7 +18,8 @@ class ConfidenceWeighted(DistillationLoss):
 
     With `c_b` the largest of the teacher's probabilities for row b, the loss is
     `Σ_b c_b CE_b / Σ_b c_b`: nothing but its confidence is taken from the teacher
-    (CWTM). Rows without a label get 0 and are not in the sums.
+    (CWTM). Rows without a label are in neither sum; like those of any loss they count
+    in the batch's mean, with a value of 0.
 
     Args:
         reduction: As in `keras.losses.Loss`.

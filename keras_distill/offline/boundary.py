@@ -59,7 +59,8 @@ class ActivationBoundaryDistiller(Staged):
     References:
         Heo et al., Knowledge Transfer via Distillation of Activation Boundaries Formed
         by Hidden Neurons, AAAI 2019 (arXiv 1811.03233). Weights are the official
-        code's; there stage two is soft targets alone (alpha=0, temperature=3).
+        code's. There stage two is soft targets alone, without the factor T²: `alpha=0,
+        beta=1, soft_loss=kd.losses.SoftTarget(3.0, scale_by_temperature=False)`.
     """
 
     def __init__(

@@ -21,7 +21,10 @@ class HintDistiller(Staged):
     Stage one, `fit_hints`, trains the student up to the guided layers, and a regressor
     for each, by `weight * mean (teacher - regressor(student))²`. Stage two, `fit`, is
     distillation without hints: the compiled loss plus soft targets at T = 3, whose
-    weight falls from 4 to 1, `beta = 4 - 3 e / max(E - 1, 1)` in epoch e of E. With
+    weight falls from 4 to 1, `beta = 4 - 3 e / max(E - 1, 1)` in epoch e of E. Paper
+    and official code have no factor T² there; this library's soft targets have it, here
+    too, which makes them 9 times as strong at T = 3. As the paper has it:
+    `soft_loss=kd.losses.SoftTarget(3.0, scale_by_temperature=False)`. With
     `joint=True` there is one stage, in which the hints have their constant weight.
 
     Args:

@@ -23,7 +23,8 @@ class MemoryBank(keras.Layer):
 
     $$-\log\frac{h_0}{h_0 + c} - \sum_{k=1}^{K} \log\frac{c}{h_k + c}$$
 
-    Z is N times the mean of the first batch's scores, and stays so. No gradient flows
+    with 1e-7 added to both denominators, as in the official code. Z is N times the mean
+    of the first batch's scores, and stays so. No gradient flows
     into the memory, which follows what it is told by `update`.
 
     Args:

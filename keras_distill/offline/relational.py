@@ -69,7 +69,8 @@ class RelationalDistiller(Preset):
         Park et al., Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068),
         whose weights these are. Tung, Mori, ICCV 2019 (arXiv 1907.09682): 3000.
         Passalis, Tefas, ECCV 2018 (arXiv 1803.10837): 30000. Peng et al., ICCV 2019
-        (arXiv 1904.01802): 0.02.
+        (arXiv 1904.01802): 0.02 is in use for another form of that term; with the
+        paper's, which this is, it is next to nothing.
     """
 
     def __init__(

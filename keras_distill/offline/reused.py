@@ -100,7 +100,11 @@ class ReusedTeacherClassifier(Preset):
         self.projection_weight = weight
         self.projector = self.own_links[0].adapter
         shape = (None, *grid, known[-1])
-        self.classifier = classifier or _cut_classifier(teacher, other, shape)
+        self.classifier = (
+            _cut_classifier(teacher, other, shape)
+            if classifier is None
+            else clone(classifier)
+        )
         self.classifier.trainable = False
         # Run on the projected grid, which a given classifier may not fit.
         self._symbolic_outputs = symbolic_run(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_distill.base import BaseDistiller
@@ -88,7 +89,13 @@ class OneEnsemble(BaseDistiller):
         name: str | None = None,
     ) -> None:
         check_positive("temperature", temperature)
-        check_weight("ramp_up", ramp_up)
+        for argument, value in (
+            ("branch_weight", branch_weight),
+            ("ensemble_weight", ensemble_weight),
+            ("soft_weight", soft_weight),
+            ("ramp_up", ramp_up),
+        ):
+            check_weight(argument, value)
         super().__init__(GatedEnsemble(stem, branches, gate), alpha=None, name=name)
         self.ramp_up = ramp_up
         self._temperature = self._scalar("temperature", number(temperature))
@@ -250,10 +257,11 @@ class OneEnsemble(BaseDistiller):
             return self.student.plain()
         if which == "best":
             which = self._best()
-        if not isinstance(which, int) or not 0 <= which < len(self.branches):
+        last = len(self.branches) - 1
+        if not isinstance(which, (int, np.integer)) or not 0 <= which <= last:
             raise ValueError(
-                f"`which` must be 'best', 'ensemble' or the index of a branch, 0 to "
-                f"{len(self.branches) - 1}. Received: {which!r}"
+                "`which` must be 'best', 'ensemble' or the index of a branch, 0 to "
+                f"{last}. Received: {which!r}"
             )
         branch = self.branches[which]
         if self._origin is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_distill.base import BaseDistiller
@@ -52,7 +53,9 @@ class BeYourOwnTeacher(BaseDistiller):
         temperature: T, above 0.
         alpha: How much an exit listens to the deepest one instead of the labels, from
             0 to 1.
-        feature_weight: λ, at least 0.
+        feature_weight: λ, at least 0. The default is the number of the implementation
+            that is best known, which sums over the batch as well: what that does with
+            B rows is `1e-6 * B` here.
         name: Name of the model.
 
     Raises:
@@ -87,6 +90,7 @@ class BeYourOwnTeacher(BaseDistiller):
             raise ValueError(f"`alpha` must be from 0 to 1. Received: {alpha!r}")
         check_weight("feature_weight", feature_weight)
         super().__init__(network, alpha=None, name=name)
+        self._alpha = number(alpha)
         self._temperature = self._scalar("temperature", number(temperature))
         self._divergence = SoftTarget(self._temperature)
         self.add_term("output", 1.0)
@@ -256,11 +260,11 @@ class BeYourOwnTeacher(BaseDistiller):
 
     def _check_exit(self, exit: Any) -> int:
         last = self.student.exits - 1
-        if not isinstance(exit, int) or not 0 <= exit <= last:
+        if not isinstance(exit, (int, np.integer)) or not 0 <= exit <= last:
             raise ValueError(
                 f"`exit` must be the index of an exit, 0 to {last}. Received: {exit!r}"
             )
-        return exit
+        return int(exit)
 
     # -- saving ---------------------------------------------------------------------
 
@@ -268,7 +272,7 @@ class BeYourOwnTeacher(BaseDistiller):
         return {
             "network": keras.saving.serialize_keras_object(self.student),
             "temperature": number(self.temperature),
-            "alpha": number(self.term_weights["soft"]),
+            "alpha": self._alpha,  # weights that were changed are in the file
             "feature_weight": number(self.term_weights["feature"]),
             "name": self.name,
             "origin": None if self._origin is None else self._origin.to_json(),

@@ -107,7 +107,7 @@ class Steps(Gradients, Discarding, Running):
             return float(loss), 1.0, norm
         log = f"{name}_loss"
         value = float(self._logs.results([log])[log]) if self._logs.ran(log) else None
-        return value, number(self._terms[name]), norm
+        return value, number(self.term_weight(name)), norm
 
     def _step_results(self: Any, share: Share) -> dict[str, Any]:
         """The logs of what this step computed."""

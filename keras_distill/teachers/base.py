@@ -69,10 +69,17 @@ class Teacher(abc.ABC):
 
     def check_loss(self, loss: Any) -> None:
         """Raises ValueError if a soft loss cannot be computed from these outputs."""
-        if self.one_temperature and hasattr(loss, "temperatures"):
+        if not self.one_temperature:
+            return
+        if hasattr(loss, "temperatures"):
             raise ValueError(
                 f"{type(loss).__name__} compares at several temperatures; {self!r} has "
                 "outputs for one. Use combine='geometric' in an ensemble."
+            )
+        if getattr(loss, "standardize", False):
+            raise ValueError(
+                f"`standardize=True` changes the scale of logits; those of {self!r} "
+                "are right at one scale only. Use combine='geometric' in an ensemble."
             )
 
     def check_temperature(self, temperature: float) -> None:  # noqa: B027

@@ -88,6 +88,12 @@ class Ensemble(Teacher):
                     f"{[h.classes for h in heads]}."
                 )
         self.names = self.teachers[0].names
+        for index, teacher in enumerate(self.teachers[1:], 1):
+            if teacher.names != self.names and set(teacher.names) == set(self.names):
+                raise ValueError(
+                    f"The teachers have their outputs in different orders: teacher 0 "
+                    f"{self.names}, teacher {index} {teacher.names}."
+                )
         self.outputs = keras.tree.pack_sequence_as(
             self.teachers[0].outputs,
             [keras.KerasTensor((*h.shape[:-1], h.classes)) for h in first],
@@ -128,6 +134,15 @@ class Ensemble(Teacher):
         ]
         return temperature * ops.logsumexp(ops.stack(log_p), 0)
 
+    def check_loss(self, loss: Any) -> None:
+        super().check_loss(loss)
+        for teacher in self.teachers:
+            teacher.check_loss(loss)
+
+    def check_temperature(self, temperature: float) -> None:
+        for teacher in self.teachers:
+            teacher.check_temperature(temperature)
+
     def fingerprint(self) -> str:
         parts = [teacher.fingerprint() for teacher in self.teachers]
         text = repr((parts, self.combine, self.weights))
@@ -165,7 +180,9 @@ class Ensemble(Teacher):
         return specs
 
     def heads(self) -> list[Head]:
-        kind = "logits" if self.combine == "geometric" else "log_probabilities"
+        exact = all(head.exact for heads in self._heads for head in heads)
+        geometric = self.combine == "geometric"
+        kind = "logits" if geometric and exact else "log_probabilities"
         return [
             Head(head.name, (*head.shape[:-1], head.classes), kind)
             for head in self._heads[0]

@@ -70,12 +70,12 @@ class Model(Teacher):
 
     def fingerprint(self) -> str:
         own = fingerprint(self.model)
-        if self.inputs is None:
+        if self.inputs is None and self.from_logits is None:
             return own
         read = self.inputs
         if callable(read):
             read = f"{read.__module__}.{read.__qualname__}"
-        return hashlib.sha256(f"{own} {read!r}".encode()).hexdigest()
+        return hashlib.sha256(f"{own} {read!r} {self.from_logits}".encode()).hexdigest()
 
     def resolve(self, layer: Any) -> Any:
         return paths_of(self.model, layer, "teacher_layer")

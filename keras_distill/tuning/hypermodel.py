@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import inspect
 import os
 import weakref
@@ -26,6 +27,7 @@ from keras_distill.tuning.objectives import check_objective
 from keras_distill.tuning.spaces import Choice, Numbers
 
 _TEMPERATURE, _BETA = (1, 20), (0, 1)
+_Asked = tuple[tuple[str, ...], tuple[float, ...]]  # taps, temperatures
 
 
 class DistillationHyperModel(keras_tuner.HyperModel):
@@ -125,8 +127,9 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         self.distiller = distiller
         self._check_effects(temperature, beta)
         self._last_student: Any = None
-        self._opened: Cache | None = None
-        self._known: tuple[Any, Any] | None = None  # arrays, and what is said of them
+        self._opened: dict[_Asked, Cache] = {}
+        # Arrays, and what each cache says of them.
+        self._known: tuple[Any, dict[_Asked, Any]] = (None, {})
         self._checked: tuple[str, bool] | None = None
         self._identity: dict[str, Any] = {}
 
@@ -137,9 +140,18 @@ class DistillationHyperModel(keras_tuner.HyperModel):
                 "A loss with a LearnedTemperature cannot be searched: all trials would "
                 "share it. Give `distiller` a function that makes one for each."
             )
-        if temperature != _TEMPERATURE and not any(map(_has_temperature, losses)):
+        tempered = any(map(_has_temperature, losses))
+        if temperature != _TEMPERATURE and not tempered:
             raise ValueError(
                 "`temperature` has no effect: the soft loss has none. "
+                f"Received: {temperature!r}"
+            )
+        searched = tempered and isinstance(temperature, tuple)
+        if searched and self.cache is not None and self.teacher.one_temperature:
+            raise ValueError(
+                f"{self.teacher!r} has other outputs at each temperature: with `cache` "
+                "give one `temperature` or a Choice, each of which gets a cache of its "
+                "own. An ensemble with combine='geometric' serves any. "
                 f"Received: {temperature!r}"
             )
         if beta != _BETA and all(loss is None for loss in losses):
@@ -302,17 +314,39 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         x = given["x"]
         streamed = isinstance(x, tf.data.Dataset)
         rows = x if streamed else tf.data.Dataset.from_tensor_slices((x,))
-        taps = unique(link.teacher_layer for link in model.links)
-        if self._opened is None:
-            self._opened = Cache.build(self.teacher, rows, path, taps=taps)
-        model.teacher = self._opened
+        asked = self._asked(model)
+        if asked not in self._opened:
+            self._opened[asked] = self._build_cache(rows, path, asked)
+        cache = model.teacher = self._opened[asked]
         if streamed:
-            attached = self._opened.attach(rows).batch(batch_size)
+            attached = cache.attach(rows).batch(batch_size)
             return given | {"x": attached.prefetch(tf.data.AUTOTUNE)}
-        if self._known is None or self._known[0] is not x:
-            self._known = x, _knowledge(self._opened.attach(rows))
-        known = {"inputs": x, "kd_teacher": self._known[1]}
-        return given | {"x": known, "batch_size": batch_size}
+        if self._known[0] is not x:
+            self._known = x, {}
+        known = self._known[1]
+        if asked not in known:
+            known[asked] = _knowledge(cache.attach(rows))
+        carried = {"inputs": x, "kd_teacher": known[asked]}
+        return given | {"x": carried, "batch_size": batch_size}
+
+    def _asked(self, model: Any) -> _Asked:
+        """What a trial asks its teacher for: taps, and a temperature if it matters."""
+        taps = unique(link.teacher_layer for link in model.links)
+        matters = self.teacher.one_temperature
+        at = (number(model._teacher_temperature),) if matters else ()
+        return tuple(sorted(taps)), at
+
+    def _build_cache(
+        self, rows: Any, path: str | os.PathLike[str], asked: _Asked
+    ) -> Cache:
+        """The cache of what is asked; trials that ask for other things get others."""
+        taps, temperatures = asked
+        if callable(self.links) or temperatures:
+            name = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+            path = os.path.join(path, name)
+        return Cache.build(
+            self.teacher, rows, path, taps=taps, temperatures=temperatures
+        )
 
 
 def _knowledge(attached: tf.data.Dataset) -> Any:

@@ -29,10 +29,8 @@ def objective(name: str) -> keras_tuner.Objective:
     >>> tuning.objective("val_hard_loss").direction
     'min'
     """
-    if name == "loss" or (
-        name.endswith("_loss")
-        and name not in ("hard_loss", "val_loss", "val_hard_loss")
-    ):
+    trained = name.endswith("_loss") and not name.startswith("val_")
+    if name in ("loss", "val_soft_loss") or (trained and name != "hard_loss"):
         raise ValueError(_not_comparable(name))
     if re.search(_MINIMIZED, name):
         return keras_tuner.Objective(name, "min")

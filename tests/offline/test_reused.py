@@ -85,3 +85,20 @@ def test_a_classifier_that_cannot_be_cut_out_is_asked_for(teacher):
         kd.ReusedTeacherClassifier(
             nets.net(3), [teacher, teacher], features=("relu3", "0/relu3")
         )
+
+
+def test_a_given_classifier_is_left_alone(teacher):
+    given = keras.Sequential(
+        [
+            keras.Input((2, 2, 12)),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(10),
+        ]
+    )
+    distiller = kd.ReusedTeacherClassifier(
+        nets.net(3), teacher, features=("relu3", "relu3"), classifier=given
+    )
+    assert given.trainable_variables
+    assert not distiller.classifier.trainable_variables
+    x = np.ones((1, 2, 2, 12), "float32")
+    np.testing.assert_array_equal(distiller.classifier(x), given(x))

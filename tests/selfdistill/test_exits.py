@@ -309,7 +309,7 @@ def test_every_exit_is_deployed_as_a_plain_model(tmp_path):
         plain = tiny.loaded_without_package(tmp_path / "exit.keras")
         np.testing.assert_allclose(np.asarray(plain(x)), expected, 1e-5, 1e-6)
     assert sizes[2] == model.count_params()
-    assert distiller.deploy(2).get_config() == model.get_config()
+    assert distiller.deploy(np.int64(2)).get_config() == model.get_config()
     found = np.asarray(distiller.deploy(2)(x))
     np.testing.assert_allclose(found, np.asarray(model(x)), rtol=1e-5)
 
@@ -319,6 +319,7 @@ def test_saved_and_loaded_it_goes_on_as_before(tmp_path):
     distiller = byot(temperature=2.0, alpha=0.3)
     compiled(distiller, optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
     fit(distiller, x, y)
+    distiller.term_weights["soft"] = 1.5  # more than alpha may be
     predict(distiller, x, threshold=0.5)  # leaves nothing that would be saved
     distiller.save(tmp_path / "byot.keras")
     loaded = keras.saving.load_model(tmp_path / "byot.keras")
@@ -328,6 +329,7 @@ def test_saved_and_loaded_it_goes_on_as_before(tmp_path):
         found = np.asarray(loaded.deploy(index)(x))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     loaded.run_eagerly = True
+    assert loaded.term_weights["soft"].numpy() == 1.5
     first, second = fit(distiller, x, y), fit(loaded, x, y)
     assert first == second
 
