@@ -90,7 +90,7 @@ def test_a_classifier_that_cannot_be_cut_out_is_asked_for(teacher):
 def test_a_given_classifier_is_left_alone(teacher):
     given = keras.Sequential(
         [
-            keras.Input((2, 2, 12)),
+            keras.Input((2, 2, 18)),
             keras.layers.GlobalAveragePooling2D(),
             keras.layers.Dense(10),
         ]
@@ -100,5 +100,5 @@ def test_a_given_classifier_is_left_alone(teacher):
     )
     assert given.trainable_variables
     assert not distiller.classifier.trainable_variables
-    x = np.ones((1, 2, 2, 12), "float32")
+    x = np.ones((1, 2, 2, 18), "float32")
     np.testing.assert_array_equal(distiller.classifier(x), given(x))
