@@ -17,7 +17,7 @@ help:
 	@echo "make lint        style, types, layers of imports"
 	@echo "make format      put the code into the project's format"
 	@echo "make docs        the site, in docs/_build/html"
-	@echo "make bench       the measurements, in docs/results"
+	@echo "make bench       time of an import and of a step, in docs/results"
 	@echo "make clean       remove what was built (not .venv)"
 
 quickstart: .venv/.installed-examples

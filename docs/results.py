@@ -17,8 +17,9 @@ SCRIPTS = HERE.parent / "examples"
 INTRODUCTION = """# Results
 
 Every figure on this page was measured by a script, which wrote it to a file in
-`docs/results`; the page is made from these files. Each section names the command that
-repeats it.
+`docs/results`; the page is made from these files. Each section names the command. A
+reproduction goes on from the runs that are in its file; to measure anew, give it another
+one with `--out`, and another folder with `--runs`.
 """
 REPRODUCTIONS = """## Methods and papers
 
@@ -28,7 +29,10 @@ files hold every single run.
 """
 MEASUREMENTS = """## Time, memory and exactness
 
-What the library costs, and how near it is to official implementations.
+What the library costs, and how near it is to official implementations. Times are ratios
+within one run, for the machines were shared: *load* says how busy they were, and where
+there is a CPU column it is the one to compare. *To reach* is a bound that was set
+beforehand. There are no figures of GPUs yet.
 """
 
 
@@ -143,7 +147,7 @@ def fill(guide: str, folder: Path) -> str:
     def gains(match: re.Match[str]) -> str:
         path = folder / f"{match[1]}.json"
         made = verdicts(json.loads(path.read_text())) if path.exists() else ""
-        made = made or "Not measured yet.\n"
+        made = made or "Not yet measured with three seeds; see the results.\n"
         return f"<!-- gains {match[1]} -->\n\n{made}\n<!-- end -->"
 
     pattern = r"<!-- gains (\w+) -->.*?<!-- end -->"

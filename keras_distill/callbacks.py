@@ -29,17 +29,19 @@ class Backup(keras.callbacks.Callback):
     Calling the same `fit` again continues: in mid-epoch the batches that were trained
     already are read but not trained, other callbacks do not see them, and batch
     numbers continue. After a finished run the same `fit` returns at once with the
-    final weights.
+    final weights. To train anew, delete both files.
 
     The continued run equals the uninterrupted one bit by bit if the order of the data
-    is a function of seed and epoch alone: see `kd.data.per_epoch`. Under a strategy
-    with several workers the chief writes, and all read.
+    is a function of seed and epoch alone: see `kd.data.per_epoch`. Weights that another
+    callback keeps, as `EarlyStopping(restore_best_weights=True)` does, are not in the
+    file. Under a strategy with several workers the chief writes, and all read.
 
     Args:
         path: The file. Its folder is made if needed.
         save_freq: `"epoch"`, or a number of batches.
 
     Raises:
+        TypeError: When a run begins, if it is not a distiller's.
         ValueError: If `save_freq` is neither; when a run begins, if the file is
             truncated, foreign or of another run and there is no good one before it.
 
@@ -79,6 +81,11 @@ class Backup(keras.callbacks.Callback):
     # -- continuing -----------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
+        if not hasattr(self.model, "epoch_began"):
+            raise TypeError(
+                "Backup needs a distiller; kd.BaseDistiller(model) makes one of any "
+                f"model, with labels alone. Received: {self.model!r}"
+            )
         self._resumed = None
         self._finished = False
         state = self._read()
@@ -238,9 +245,13 @@ class Backup(keras.callbacks.Callback):
         if problems:
             raise ValueError(
                 f"There is no good backup at {str(self.path)!r}: "
-                f"{'; '.join(problems)}. Delete it to start anew."
+                f"{'; '.join(problems)}. {self._anew()}"
             )
         return None
+
+    def _anew(self) -> str:
+        files = " and ".join(repr(str(p)) for p in (self.path, self.previous))
+        return f"To start anew, delete {files}."
 
     def _restore(self, state: dict[str, Any]) -> None:
         variables, strategy = self._variables(), self.model.distribute_strategy
@@ -255,7 +266,7 @@ class Backup(keras.callbacks.Callback):
             raise ValueError(
                 f"The backup {str(self.path)!r} is of another run: it holds "
                 f"{len(values)} variables that do not fit this run's {len(wanted)}. "
-                "Delete it to start anew."
+                f"{self._anew()}"
             )
         for variable, value in zip(variables, common, strict=True):
             variable.assign(value)

@@ -23,9 +23,9 @@ def build_cache(
 
     Each of `parts` elements is one `Cache.build(..., shard=(i, parts))`, and the last
     step is `Cache.join`. Which machine builds which part, and what is tried again when
-    one fails, is Beam's affair; a part that is tried again goes on where it stopped.
+    one fails, Beam decides; a part that is tried again goes on where it stopped.
 
-    Needs the extra `beam`: `pip install "keras-distill[beam]"`.
+    Needs the extra `beam`: `pip install '.[beam]'` in the project's folder.
 
     Args:
         teacher: Function without arguments that loads the teacher; it is called on
@@ -61,7 +61,8 @@ def build_cache(
         import apache_beam as beam
     except ImportError as error:
         raise ImportError(
-            "`build_cache` needs Apache Beam: pip install 'keras-distill[beam]'"
+            "`build_cache` needs Apache Beam: pip install 'apache-beam', or the extra "
+            "`beam` of this package."
         ) from error
     for name, value in (("teacher", teacher), ("dataset", dataset)):
         if not inspect.isfunction(value) and not isinstance(value, functools.partial):
