@@ -5,14 +5,13 @@ in turns; reported is the ratio of the medians. Peak memory is measured in a pro
 of its own for each way: by how much the largest resident size grows beyond that of
 the same process after a tiny batch.
 
-    python examples/benchmarks/losses.py --out docs/results/losses.json
+    python examples/benchmarks/losses.py [--smoke]
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 import statistics
@@ -26,6 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
+from measure import RESULTS, TRIALS, parser, write
 
 from keras_distill import losses
 
@@ -136,13 +136,13 @@ def plain_singular(teacher: list[tf.Tensor], student: list[tf.Tensor]) -> tf.Ten
 
 
 CASES = {
-    "rkd_angle": Case(
+    "RKD angles": Case(
         losses.RelationalAngle(), plain_angle, embeddings, smoke=16, repeats=7
     ),
-    "rkd_distance": Case(losses.RelationalDistance(), plain_distance, embeddings),
-    "sp": Case(losses.SimilarityPreserving(), plain_similarity, embeddings),
-    "pkt": Case(losses.ProbabilisticTransfer(), plain_transfer, embeddings),
-    "kdsvd": Case(
+    "RKD distances": Case(losses.RelationalDistance(), plain_distance, embeddings),
+    "SP": Case(losses.SimilarityPreserving(), plain_similarity, embeddings),
+    "PKT": Case(losses.ProbabilisticTransfer(), plain_transfer, embeddings),
+    "KD-SVD": Case(
         losses.SingularValue(), plain_singular, features, batch=64, smoke=4, repeats=7
     ),
 }
@@ -188,10 +188,11 @@ def compare(case: Case, batch: int, repeats: int) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "batch": batch,
-        "milliseconds": {name: 1e3 * value for name, value in medians.items()},
-        "times_faster": medians["plain"] / medians["ours"],
-        "value_difference": distance(results["ours"][0], results["plain"][0]),
-        "gradient_difference": distance(results["ours"][1], results["plain"][1]),
+        "ours, ms": 1e3 * medians["ours"],
+        "plain, ms": 1e3 * medians["plain"],
+        "times faster": medians["plain"] / medians["ours"],
+        "values apart by": distance(results["ours"][0], results["plain"][0]),
+        "gradients apart by": distance(results["ours"][1], results["plain"][1]),
     }
 
 
@@ -222,37 +223,31 @@ def print_peak(name: str, way: str, smoke: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times losses.")
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
-    parser.add_argument("--smoke", action="store_true", help="tiny batches, two runs")
-    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak:
-        print_peak(*options.peak, options.smoke)
+    options = parser(__doc__.splitlines()[0], "losses")
+    options.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    options.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    chosen = options.parse_args()
+    if chosen.peak:
+        print_peak(*chosen.peak, chosen.smoke)
         return
 
     report = {}
-    for name in options.only:
+    for name in chosen.only:
         case = CASES[name]
-        batch, repeats = case.batch, case.repeats
-        if options.smoke:
+        batch, repeats = case.batch, chosen.rounds or case.repeats
+        if chosen.smoke:
             batch, repeats = case.smoke, 2
         row = compare(case, batch, repeats)
-        row["peak_mib"] = {
-            way: peak(name, way, options.smoke) for way in ("ours", "plain")
-        }
+        for way in ("ours", "plain"):
+            row[f"{way}, MiB"] = peak(name, way, chosen.smoke)
         report[name] = row
-        print(
-            f"{name:14}{row['times_faster']:6.2f} x faster, "
-            f"{row['milliseconds']['ours']:8.2f} ms and {row['peak_mib']['ours']:7.1f} "
-            f"MiB; plainly {row['milliseconds']['plain']:8.2f} ms and "
-            f"{row['peak_mib']['plain']:7.1f} MiB; gradients "
-            f"{row['gradient_difference']:.0e} apart"
-        )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"{name:18}" + ", ".join(f"{k} {v:.3g}" for k, v in row.items()))
+    setting = {"step": "value and gradient for the student", "differences": "relative"}
+    write(
+        chosen.out or (TRIALS if chosen.smoke else RESULTS) / "losses.json",
+        "Losses against plain transcriptions of their formulas",
+        {"setting": setting, "": report},
+    )
 
 
 if __name__ == "__main__":

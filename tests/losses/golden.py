@@ -26,6 +26,7 @@ from keras import ops
 
 from keras_distill import adapters, losses
 
+COMMAND = "tests/losses/golden.py --out docs/results/golden.json"
 FOLDER = pathlib.Path(__file__).parent.parent / "golden"
 
 # Keras's mean on JAX takes the detour over float32, also for float64.
@@ -494,7 +495,15 @@ def main() -> None:
         print(f"{row['method']:24}{errors}  {row['ok']}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"backend": keras.backend.backend(), "methods": rows}
+        report = {
+            "title": "Losses against their official implementations",
+            "setting": {
+                "backend": keras.backend.backend(),
+                "columns": "largest relative error over all files of a method",
+                "command": f"python {COMMAND}",
+            },
+            "methods": rows,
+        }
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

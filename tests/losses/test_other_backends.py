@@ -37,7 +37,7 @@ def test_golden(backend, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert report["backend"] == backend
+    assert report["setting"]["backend"] == backend
     assert {row["method"] for row in report["methods"]} == set(golden.FORMULAS)
     wrong = [row for row in report["methods"] if not row["ok"]]
     assert not wrong
