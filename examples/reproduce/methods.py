@@ -9,9 +9,9 @@ that of the processor's cores in the epochs after the first.
 
 Weights are those of the method's paper or official code for its smallest networks.
 Methods with a first stage get an eighth of the epochs for it beforehand. What a paper
-does besides its loss (a second augmented view, a warm-up of 20 epochs) is left out, and all
-soft targets have the factor T², also those of FitNets;
-CRD contrasts with 1024 images instead of 16384, of which there are fewer here.
+does besides its loss (a second augmented view, a warm-up of 20 epochs) is left out; all soft
+targets have the factor T², also those of FitNets; CRD contrasts with 1024 images
+instead of 16384, of which there are fewer here.
 
 With --tuned each method is run again with weights that `kd.tuning` found: the same
 number of trials for each, half as long as a run, compared on 5,000 validation images.

@@ -144,9 +144,10 @@ def feature_reader(teacher: Any, layer: Any) -> Callable[[Any], Any]:
         def read(x: Any) -> Any:
             return run_with_taps(teacher, x, [path], training=False)[1][path]
     else:
+        path = teacher.resolve(layer)
 
         def read(x: Any) -> Any:
-            return teacher(x, [layer], 1.0)[1][layer]
+            return teacher(x, [path], 1.0)[1][path]
 
     return read
 
