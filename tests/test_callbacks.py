@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tiny
 
 import keras_distill as kd
 
@@ -170,3 +171,13 @@ def test_a_folder_that_cannot_be_written_stops_only_the_backup(tmp_path, rows):
 def test_save_freq_is_checked(tmp_path):
     with pytest.raises(ValueError, match="save_freq"):
         kd.callbacks.Backup(tmp_path / "backup", save_freq=0)
+
+
+def test_the_run_of_a_plain_model_is_refused(tmp_path):
+    model = tiny.mlp()
+    model.compile("sgd", tiny.SPARSE)
+    with pytest.raises(TypeError, match="kd.BaseDistiller"):
+        model.fit(
+            *tiny.data(), verbose=0, callbacks=[kd.callbacks.Backup(tmp_path / "b")]
+        )
+    assert not any(tmp_path.iterdir())
