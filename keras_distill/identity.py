@@ -20,9 +20,13 @@ def architecture(model: keras.Model) -> str:
 
 
 def fingerprint(model: keras.Model) -> str:
-    """A hash of a model's config and weights."""
+    """A hash of a model's config and weights.
+
+    Not of the states of its random generators: a teacher does not use them, and Keras
+    makes new ones whenever it loads a model.
+    """
     digest = hashlib.sha256(architecture(model).encode())
-    for variable in model.variables:
+    for variable in model.weights:
         value = np.asarray(ops.convert_to_numpy(variable.value))
         digest.update(f"{value.shape}{value.dtype}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())

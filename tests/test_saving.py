@@ -84,6 +84,16 @@ def test_a_loaded_distiller_asks_for_its_teacher(tmp_path):
     tiny.history(loaded, x, y)
 
 
+def test_a_teacher_with_dropout_is_the_same_whenever_it_is_loaded(tmp_path):
+    teacher = tiny.mlp(layers=[keras.layers.Dropout(0.2)])
+    teacher.save(tmp_path / "teacher.keras")
+    one, other = (keras.saving.load_model(tmp_path / "teacher.keras") for _ in range(2))
+    first, second = (kd.teachers.Model(model).fingerprint() for model in (one, other))
+    assert first == second
+    one(np.ones((2, tiny.FEATURES), "float32"), training=True)  # draws numbers
+    assert kd.teachers.Model(one).fingerprint() == first
+
+
 def test_names_do_not_count_for_the_fingerprint(tmp_path):
     distiller = made()
     distiller.save(tmp_path / "d.keras")
