@@ -432,7 +432,7 @@ def gaps(rows: list[Row]) -> dict[str, Row]:
             for row in rows
             if row["run"] == name and row["seed"] in labels
         ]
-        if not pairs:
+        if not pairs or number not in teachers:
             continue
         plain, own = (statistics.mean(column) for column in zip(*pairs, strict=True))
         gap = plain - teachers[number]
