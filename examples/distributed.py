@@ -76,8 +76,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64, help="of all replicas")
     parser.add_argument("--smoke", action="store_true", help="a trial of seconds")
-    parser.add_argument("--out", default="runs/distributed", help="folder")
+    parser.add_argument("--out", help="folder, default runs/distributed")
     options = parser.parse_args()
+    options.out = options.out or f"runs/distributed{'_smoke' * options.smoke}"
     epochs = 2 if options.smoke else options.epochs
 
     strategy = choose_strategy()
@@ -106,7 +107,9 @@ def main() -> None:
         data = data.shuffle(len(digits.train[0]), seed=seed[0] + seed[1])
         return data.batch(options.batch_size, drop_remainder=True).prefetch(2)
 
-    backup = kd.callbacks.Backup(os.path.join(options.out, "backup"))
+    backup = kd.callbacks.Backup(
+        os.path.join(options.out, f"backup_{options.batch_size}")
+    )
     distiller.fit(
         kd.data.per_epoch(rows),
         epochs=epochs,

@@ -96,9 +96,16 @@ class Backup(keras.callbacks.Callback):
             if type(companion).__name__ == saved["class"]:
                 vars(companion).update(saved["state"])
         self._epoch = self.model._initial_epoch = state["epoch"]
-        self._finished = state["finished"] and state["target"] == self.params["epochs"]
+        wanted = self.params["epochs"]
+        if state["epoch"] > wanted:
+            warnings.warn(
+                f"The backup {str(self.path)!r} is of {state['epoch']} epochs, more "
+                f"than `epochs={wanted}`: nothing is trained. {self._anew()}",
+                stacklevel=2,
+            )
+        self._finished = state["finished"] and state["target"] == wanted
         if self._finished:
-            self.model._initial_epoch = self.params["epochs"]
+            self.model._initial_epoch = wanted
         elif state["batch"]:
             self._resumed = state
 

@@ -62,7 +62,7 @@ class Experiment:
         folder: Where runs may keep models and backups.
 
     Raises:
-        SystemExit: If the file holds runs of another setting.
+        SystemExit: If the file or the folder holds runs of another setting.
     """
 
     def __init__(
@@ -87,6 +87,13 @@ class Experiment:
                 )
             self.rows = stored["runs"]
         self.folder.mkdir(parents=True, exist_ok=True)
+        left = self.folder / "setting.json"
+        if left.exists() and json.loads(left.read_text()) != self._setting:
+            raise SystemExit(
+                f"{self.folder} holds what runs of another setting left behind. Give "
+                "another folder with --runs, or delete it."
+            )
+        left.write_text(json.dumps(self._setting))
 
     def has(self, run: str, seed: int) -> bool:
         """Whether a run is finished."""
@@ -101,14 +108,14 @@ class Experiment:
                 for name, value in model.items()
             )
             print(f"seed {seed}, {run}: {figures}", flush=True)
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        result = {
-            "setting": self._setting,
-            "summary": self._summarize(self.rows),
-            "runs": self.rows,
-        }
-        write(temporary, self._title, result)
-        os.replace(temporary, self.path)
+        summary: dict[str, Any] = {}
+        try:
+            summary = self._summarize(self.rows)
+        finally:  # a table that fails must not cost a run
+            temporary = self.path.with_name(f"{self.path.name}.tmp")
+            result = {"setting": self._setting, "summary": summary, "runs": self.rows}
+            write(temporary, self._title, result)
+            os.replace(temporary, self.path)
 
 
 def name_of(row: Row) -> str:
@@ -126,8 +133,9 @@ def means(rows: list[Row], value: str, baseline: str | None = None) -> dict[str,
 
     Returns:
         For each name the number of seeds, the mean, the standard deviation, and with
-        a baseline the mean paired difference and its 95 % confidence interval (half
-        its width, by Student's distribution).
+        a baseline (unless that has several seeds and this is one run) the mean paired
+        difference and its 95 % confidence interval (half its width, by Student's
+        distribution).
     """
     base = {row["seed"]: row[value] for row in rows if name_of(row) == baseline}
     table: dict[str, Row] = {}
@@ -135,7 +143,7 @@ def means(rows: list[Row], value: str, baseline: str | None = None) -> dict[str,
         own = {r["seed"]: r[value] for r in rows if name_of(r) == name}
         line: Row = {"seeds": len(own), value: statistics.mean(own.values())}
         line["deviation"] = deviation(own.values())
-        if base and name != baseline:
+        if base and name != baseline and (len(own) > 1 or len(base) == 1):
             gains = [own[seed] - base[seed] for seed in own if seed in base]
             line["difference"] = statistics.mean(gains) if gains else None
             line["± (95 %)"] = half_interval(gains)

@@ -1,6 +1,6 @@
 """FitNets: a thin and deep MNIST network learns from its teacher's middle layer.
 
-The teacher has two convolutions and a hidden layer (345,000 weights), the student six
+The teacher has two convolutions and a hidden layer (344,000 weights), the student six
 convolutions of 8 and 16 channels (34,000 weights) and no normalisation. Each seed
 trains the student, from the same initial weights, in three ways:
 

@@ -8,7 +8,8 @@ dropout (0.1 of the inputs, 0.3 of the units) and weights of bounded norm. Stude
 * soft: from the teacher's soft targets at T = 20 alone; mixed: 0.9 of them and 0.1 of
   the labels; soft, shifted images: from images shifted like the teacher's, which is
   more than the paper did;
-* no 3s, only 7s and 8s: from soft targets of a part of the classes. Then the biases of
+* no 3s, only 7s and 8s: from soft targets of a part of the classes, for as many steps,
+  but at most three times the epochs. Then the biases of
   the missing (the only) classes are moved: by what is best on the test images, as in
   the paper, or by what gives each of these classes the mean probability that the
   teacher gives it, on the images that the student has seen or on all training images
@@ -16,10 +17,10 @@ dropout (0.1 of the inputs, 0.3 of the units) and weights of bounded norm. Stude
 * 3 %: from the labels, or from the soft targets, of 1800 images.
 
 Smaller students show what the temperature does: 2 x 30 and 2 x 300 units, soft targets
-alone. All train with Adam, its rate falling to 0 as a cosine, batches of 128 (the
-teacher 256); the teacher computes in bfloat16. Errors are those of the last epoch on
-the 10,000 test images. The dropout was chosen in short runs, on the last 6,000 of the
-60,000 training images. Each result is written as soon as it is there, to
+alone. All train with Adam, its rate falling from 1e-3 to 0 as a cosine, batches of 128
+(the teacher 256); the teacher computes in bfloat16. Errors are those of the last epoch
+on the 10,000 test images. The dropout was chosen in short runs, on the last 6,000 of
+the 60,000 training images. Each result is written as soon as it is there, to
 docs/results/hinton_mnist.json: the same command goes on where a run was interrupted.
 
     TFDS_DATA_DIR=... python examples/reproduce/hinton_mnist.py [--seeds 5] [--smoke]
@@ -360,7 +361,7 @@ class Hinton:
             self._student(seed), cache, temperature=T, alpha=0, beta=1
         )
         some = keras.tree.map_structure(lambda part: part[seen], known)
-        # As many steps as with all rows.
+        # As many steps as with all rows, within limits.
         epochs = round(self._sizes.epochs * len(seen) / max(seen.sum(), 1))
         model = trained(distiller, some, min(epochs, 3 * self._sizes.epochs), seed)
         logits = logits_of(model, self._test[0])

@@ -9,12 +9,15 @@ that of the processor's cores in the epochs after the first.
 
 Weights are those of the method's paper or official code for its smallest networks.
 Methods with a first stage get an eighth of the epochs for it beforehand. What a paper
-does besides its loss (a second augmented view, a warm-up of 20 epochs) is left out; all soft
-targets have the factor T², also those of FitNets; CRD contrasts with 1024 images
-instead of 16384, of which there are fewer here.
+does besides its loss (a second augmented view, a warm-up of 20 epochs) is left out; all
+soft targets have the factor T², also those of FitNets; CRD contrasts with 1024 images
+instead of 16384, of which there are fewer here. The papers' weights are for images of
+32 x 32: what is a mean over a grid is the larger, the smaller the grid. The time of a
+step leaves a first stage out.
 
-With --tuned each method is run again with weights that `kd.tuning` found: the same
-number of trials for each, half as long as a run, compared on 5,000 validation images.
+With --tuned each method is run again with weights that `kd.tuning` found: the paper's
+times 0.1, 0.3, 1, 3 and 10, each in a trial half as long as a run, compared on 5,000
+validation images.
 Every run is written as soon as it is there, to docs/results/methods.json: the same
 command goes on where a run was interrupted.
 
@@ -56,25 +59,33 @@ Make = Callable[[keras.Model, keras.Model, float], kd.BaseDistiller]
 # -- the methods ---------------------------------------------------------------------
 
 
-def answers() -> dict[str, tuple[Any, float, float]]:
-    """Methods that compare logits: the loss, alpha and beta."""
+def answers() -> dict[str, Make]:
+    """Methods that compare logits: see `inner`."""
     losses = kd.losses
+
+    def compared(loss: Any, alpha: float, beta: float) -> Make:
+        return lambda student, teacher, factor: kd.Distiller(
+            student, teacher, soft_loss=loss, alpha=alpha, beta=beta * factor
+        )
+
     return {
-        "soft targets (KD)": (losses.SoftTarget(4.0), 0.1, 0.9),
-        "logit regression": (losses.LogitMSE(), 0.0, 1.0),
-        "decoupled (DKD)": (losses.DecoupledKD(beta=2.0), 1.0, 1.0),
-        "correlation (DIST)": (losses.DIST(temperature=4.0), 1.0, 2.0),
-        "several levels (MLLD)": (losses.MultiLevelLogit(), 0.1, 0.9),
-        "standardized (LS-KD)": (losses.SoftTarget(2.0, standardize=True), 0.1, 9.0),
+        "soft targets (KD)": compared(losses.SoftTarget(4.0), 0.1, 0.9),
+        "logit regression": compared(losses.LogitMSE(), 0.0, 1.0),
+        "decoupled (DKD)": compared(losses.DecoupledKD(beta=2.0), 1.0, 1.0),
+        "correlation (DIST)": compared(losses.DIST(temperature=4.0), 1.0, 2.0),
+        "several levels (MLLD)": compared(losses.MultiLevelLogit(), 0.1, 0.9),
+        "standardized (LS-KD)": compared(
+            losses.SoftTarget(2.0, standardize=True), 0.1, 9.0
+        ),
     }
 
 
-def inner(rows: int, paraphraser: Callable[[], Any]) -> dict[str, Make]:
+def inner(rows: int, paraphraser: Any) -> dict[str, Make]:
     """Methods with links, adapters or stages of their own.
 
     Args:
         rows: Number of training images.
-        paraphraser: Returns one that is trained.
+        paraphraser: One that is trained.
 
     Returns:
         Functions of student, teacher, and a factor on the paper's weights.
@@ -125,7 +136,7 @@ def inner(rows: int, paraphraser: Callable[[], Any]) -> dict[str, Make]:
             kd.InheritExplore,
             weights,
             features=("stage3", "stage3"),
-            paraphraser=paraphraser(),
+            paraphraser=paraphraser,
         )
         return make(student, teacher, factor)
 
@@ -169,7 +180,7 @@ def inner(rows: int, paraphraser: Callable[[], Any]) -> dict[str, Make]:
                     *("stage3", "stage3", losses.FactorTransfer()),
                     weight=500.0 * f,
                     adapter=adapters.Translator(),
-                    teacher_adapter=paraphraser(),
+                    teacher_adapter=paraphraser,
                 )
             ]
         ),
@@ -214,8 +225,9 @@ def inner(rows: int, paraphraser: Callable[[], Any]) -> dict[str, Make]:
     }
 
 
-def before(model: keras.Model, stage: str, steps: int = 1) -> keras.Layer:
+def before(network: Any, stage: str, steps: int = 1) -> keras.Layer:
     """A stage's sum before its ReLU; with 2 steps the normalization before that."""
+    model = getattr(network, "model", network)  # a search wraps its teacher
     names = [layer.name for layer in model.layers]
     return model.layers[names.index(stage) - steps]
 
@@ -299,7 +311,7 @@ class Clock(keras.callbacks.Callback):
 
 
 class Space(kd.tuning.DistillationHyperModel):
-    """The search of a method whose weights share one factor."""
+    """The search for the factor on the weights of a method's paper."""
 
     def __init__(self, make: Make, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, soft_loss=None, alpha=1.0, **kwargs)
@@ -336,9 +348,9 @@ class Comparison:
         self._depths, self._trials = depths, trials
         self._steps = -(-len(data["student"][1]) // BATCH)
         self.teacher = self._taught()
-        self._paraphraser: Any = None
-        self._inner = inner(len(data["student"][1]), self._trained_paraphraser)
-        self.names = [*answers(), *self._inner]
+        rows = len(data["student"][1])
+        self._methods = answers() | inner(rows, self._trained_paraphraser())
+        self.names = list(self._methods)
 
     def _network(self, depth: int, seed: int) -> keras.Model:
         shape = self._data["test"][0].shape[1:]
@@ -359,14 +371,18 @@ class Comparison:
 
     def _trained_paraphraser(self) -> Any:
         """The factor of the teacher's last stage: the same for all runs."""
-        if self._paraphraser is None:
-            self._paraphraser = kd.adapters.Paraphraser()
-            x = self._data["student"][0]
-            epochs = max(1, self._epochs // 3)
-            self._paraphraser.pretrain(
-                self.teacher, "stage3", x, epochs=epochs, batch_size=BATCH, verbose=0
-            )
-        return self._paraphraser
+        path = self._folder / "paraphraser.keras"
+        if path.exists():
+            return keras.saving.load_model(path).layers[-1]
+        keras.utils.set_random_seed(77)
+        paraphraser = kd.adapters.Paraphraser()
+        x, epochs = self._data["student"][0], max(1, self._epochs // 3)
+        paraphraser.pretrain(
+            self.teacher, "stage3", x, epochs=epochs, batch_size=BATCH, verbose=0
+        )
+        factor = keras.Input(self.teacher.get_layer("stage3").output.shape[1:])
+        keras.Model(factor, paraphraser(factor)).save(path)
+        return paraphraser
 
     def accuracy(self, model: keras.Model) -> float:
         """Of a compiled model on the test images."""
@@ -379,13 +395,8 @@ class Comparison:
         student = self._network(self._depths[1], seed)
         if name == PLAIN:
             distiller = kd.BaseDistiller(student)
-        elif name in self._inner:
-            distiller = self._inner[name](student, self.teacher, 1.0)
         else:
-            loss, alpha, beta = answers()[name]
-            distiller = kd.Distiller(
-                student, self.teacher, soft_loss=loss, alpha=alpha, beta=beta
-            )
+            distiller = self._methods[name](student, self.teacher, 1.0)
         distiller.compile(**options(self._epochs * self._steps))
         return self._train(distiller, seed)
 
@@ -407,24 +418,14 @@ class Comparison:
         cost = 1e3 * seconds / self._steps
         return {ACCURACY: self.accuracy(distiller), COST: cost}
 
-    def _space(self, name: str, seed: int, epochs: int) -> Any:
-        shared = {
-            "build_student": lambda: self._network(self._depths[1], seed),
-            "teacher": self.teacher,
-            "optimizer": lambda: options(epochs * self._steps)["optimizer"],
-            "loss": options(1)["loss"],
-            "metrics": ["accuracy"],
-        }
-        if name in self._inner:
-            return Space(self._inner[name], **shared)
-        loss, _, beta = answers()[name]
-        if hasattr(loss, "temperature"):
-            shared["temperature"] = kd.tuning.Choice([1, 2, 4, 8, 16])
-        return kd.tuning.DistillationHyperModel(
-            **shared,
-            soft_loss=loss,
-            alpha=kd.tuning.Choice([0.0, 0.1, 0.5, 1.0]),
-            beta=kd.tuning.Choice([factor * beta for factor in FACTORS]),
+    def _space(self, name: str, seed: int, epochs: int) -> Space:
+        return Space(
+            self._methods[name],
+            build_student=lambda: self._network(self._depths[1], seed),
+            teacher=self.teacher,
+            optimizer=lambda: options(epochs * self._steps)["optimizer"],
+            loss=options(1)["loss"],
+            metrics=["accuracy"],
         )
 
     def _searched(self, name: str) -> keras_tuner.Tuner:
@@ -432,7 +433,7 @@ class Comparison:
         epochs, seed = max(1, self._epochs // 2), 1000
         keras.utils.set_random_seed(seed)
         space = Staged(self._space(name, seed, epochs), epochs)
-        tuner = keras_tuner.RandomSearch(
+        tuner = keras_tuner.GridSearch(
             space,
             "val_accuracy",
             max_trials=self._trials,

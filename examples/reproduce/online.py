@@ -9,7 +9,7 @@ same initial weights and with the same batches:
 * two networks that teach each other (DML), updated together;
 * the network with two exits that it teaches itself (BYOT);
 * ONE without its gate (a plain mean of logits), without sharing (the branches part at
-  the image), and without soft targets;
+  the image, and the gate sees nothing else), and without soft targets;
 * the plain network with smoothed labels (0.1), a confidence penalty (0.1), and a
   virtual teacher (Tf-KD).
 

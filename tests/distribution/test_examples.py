@@ -25,7 +25,7 @@ def run(script, *arguments):
 def test_distributed(tmp_path):
     printed = run("distributed.py", "--out", os.fspath(tmp_path))
     assert printed.startswith("1 replicas, test accuracy 0.")
-    assert {"teacher.keras", "backup"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"teacher.keras", "backup_64"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
