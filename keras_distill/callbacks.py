@@ -127,11 +127,11 @@ class Backup(keras.callbacks.Callback):
 
         def read(iterator: Any) -> Any:
             nonlocal left
-            for _ in range(min(steps, left)):
-                next(iterator)
-            left -= steps
-            if left <= 0:
+            count, left = min(steps, left), left - steps
+            if left <= 0:  # before the data may end: the last execution can be shorter
                 model.train_function = train
+            for _ in range(count):
+                next(iterator)
             return model.get_metrics_result()
 
         model.train_function = read
@@ -297,18 +297,24 @@ def _from_batch(first: int, hook: Any) -> Any:
 def _scalars(callback: keras.callbacks.Callback) -> dict[str, Any]:
     """The numbers, texts and flags that a callback keeps.
 
-    What it was told in its constructor (a patience, say) is not state.
+    What it was told in its constructor (a patience, say) is not state. Of Keras's own
+    only numbers are: texts and flags say where and how they write at the moment.
     """
     state = {}
+    kinds = (int, float) if _is_kerass(callback) else (int, float, bool, str)
     told = inspect.signature(type(callback)).parameters
     for name, value in vars(callback).items():
         if name in told:
             continue
         if isinstance(value, np.generic):
             value = value.item()
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if value is None or type(value) in kinds:
             state[name] = value
     return state
+
+
+def _is_kerass(callback: keras.callbacks.Callback) -> bool:
+    return type(callback).__module__.partition(".")[0] == "keras"
 
 
 def _parse(path: pathlib.Path) -> dict[str, Any]:

@@ -16,21 +16,25 @@ def architecture(model: keras.Model) -> str:
 
     Names are left out: Keras numbers them anew in every process.
     """
-    return json.dumps(_without_names(_config(model)), sort_keys=True)
+    return _text(model, _PASSING)
 
 
 def fingerprint(model: keras.Model) -> str:
     """A hash of a model's config and weights.
 
-    Not of the states of its random generators: a teacher does not use them, and Keras
-    makes new ones whenever it loads a model.
+    Neither what is trainable nor the states of random generators are part of it: a
+    teacher uses neither, and Keras makes new states whenever it loads a model.
     """
-    digest = hashlib.sha256(architecture(model).encode())
+    digest = hashlib.sha256(_text(model, (*_PASSING, "trainable")).encode())
     for variable in model.weights:
         value = np.asarray(ops.convert_to_numpy(variable.value))
         digest.update(f"{value.shape}{value.dtype}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
+
+
+def _text(model: keras.Model, left_out: tuple[str, ...]) -> str:
+    return json.dumps(_without(_config(model), left_out), sort_keys=True)
 
 
 def _config(model: keras.Model) -> Any:
@@ -51,9 +55,11 @@ _PASSING = (
 )
 
 
-def _without_names(config: Any) -> Any:
+def _without(config: Any, left_out: tuple[str, ...]) -> Any:
     if isinstance(config, dict):
-        return {k: _without_names(v) for k, v in config.items() if k not in _PASSING}
+        return {
+            k: _without(v, left_out) for k, v in config.items() if k not in left_out
+        }
     if isinstance(config, (list, tuple)):
-        return [_without_names(item) for item in config]
+        return [_without(item, left_out) for item in config]
     return config if isinstance(config, (str, int, float, bool)) else str(type(config))

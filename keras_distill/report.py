@@ -124,7 +124,8 @@ def compare(
             output, class scores `(..., C)`: logits or probabilities. Of a distiller
             give `distiller.student`.
         data: `(x, y)` as arrays. Labels are integers `(...)` or one-hot `(..., C)`;
-            rows whose integer label is below 0 do not count for the accuracy.
+            rows whose integer label is below 0, or whose one-hot label is all zeros, do
+            not count for the accuracy.
         teacher: Name of the teacher. Default: the first.
         student: Name of the student that was trained without a teacher. Default: the
             second.
@@ -291,7 +292,10 @@ def _classes(name: str, model: Any, x: Any, batch_size: int) -> np.ndarray:
 def _accuracy(y: Any, chosen: np.ndarray) -> float:
     labels = np.asarray(y)
     if labels.ndim > chosen.ndim:
-        labels = labels[..., 0] if labels.shape[-1] == 1 else labels.argmax(-1)
+        one_hot = labels.shape[-1] != 1
+        missing = one_hot & ~labels.any(-1)  # a row of zeros
+        labels = labels.argmax(-1) if one_hot else labels[..., 0]
+        labels = np.where(missing, -1, labels)
     known = labels >= 0
     return float((labels == chosen)[known].mean())
 

@@ -94,6 +94,52 @@ def test_a_killed_run_continues_exactly(
     assert second.seen == every[saved:]
 
 
+def test_steps_per_execution_that_do_not_divide_an_epoch(tmp_path, rows):
+    def run():
+        made = make_run()
+        made.steps_per_execution = 4  # of 7 batches
+        return made
+
+    path = tmp_path / "backup"
+
+    class InValidation(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            raise Killed
+
+    options = {"validation_data": rows, "verbose": 0, "shuffle": False}
+    with pytest.raises(Killed):
+        run().fit(
+            rows,
+            epochs=2,
+            callbacks=[kd.callbacks.Backup(path, 4), InValidation()],
+            **options,
+        )
+    resumed, whole = run(), run()
+    resumed.fit(rows, epochs=2, callbacks=[kd.callbacks.Backup(path, 4)], **options)
+    whole.fit(rows, epochs=2, **options)
+    assert resumed.optimizer.iterations.numpy() == 14
+    for found, wanted in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_where_other_callbacks_write_is_not_restored(tmp_path, rows):
+    path = tmp_path / "backup"
+    log = keras.callbacks.CSVLogger(tmp_path / "log.csv", append=True)
+    with pytest.raises(Killed):
+        fit(make_run(), rows, [kd.callbacks.Backup(path), log, Stop(10)])
+    log = keras.callbacks.CSVLogger(tmp_path / "log.csv", append=True)
+    fit(make_run(), rows, [kd.callbacks.Backup(path), log])
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["epoch", "0", "1", "2"]
+
+
+def test_more_epochs_than_asked_for_are_told(tmp_path, rows):
+    path = tmp_path / "backup"
+    fit(make_run(), rows, [kd.callbacks.Backup(path)], epochs=2)
+    with pytest.warns(UserWarning, match="is of 2 epochs, more than"):
+        fit(make_run(), rows, [kd.callbacks.Backup(path)], epochs=1)
+
+
 def test_a_finished_run_returns_at_once(tmp_path, rows, uninterrupted):
     path = tmp_path / "backup"
     fit(make_run(), rows, [kd.callbacks.Backup(path)])

@@ -188,21 +188,21 @@ def test_teacher_assistants_go_from_size_to_size():
 def test_unlabelled_rows_are_joined(arrays, one_hot):
     x, y = tiny.data(6)
     y = np.eye(tiny.CLASSES, dtype="float32")[y] if one_hot else y
-    more = tiny.data(9, seed=1)[0]
+    more, none = tiny.data(9, seed=1)[0], 0 if one_hot else -1
     if arrays:
-        both, labels = _joined((x, y), more)
+        both, labels = _joined((x, y), more, none)
         assert len(both) == len(labels) == 15
         np.testing.assert_array_equal(both[6:], more)
     else:
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
         unlabelled = tf.data.Dataset.from_tensor_slices(more).batch(2)
-        batches = list(_joined(data, unlabelled).as_numpy_iterator())
+        batches = list(_joined(data, unlabelled, none).as_numpy_iterator())
         assert [len(batch[0]) for batch in batches] == [4, 4, 4, 4, 3]
         labels = np.concatenate([batch[1][:2] for batch in batches[:3]])
         np.testing.assert_array_equal(labels, y)
         labels = np.concatenate([labels, *(batch[1][2:] for batch in batches)])
     np.testing.assert_array_equal(labels[:6], y)
-    assert (labels[6:] == (0 if one_hot else -1)).all()
+    assert (labels[6:] == none).all()
 
 
 def test_noisy_student_counts_labels_and_the_teachers_word():
@@ -233,6 +233,22 @@ def test_noisy_student_counts_labels_and_the_teachers_word():
             unlabelled=tf.data.Dataset.from_tensors(more),
             epochs=1,
         )
+
+
+def test_noisy_student_refuses_what_cannot_be_missing():
+    x, y = tiny.data()
+
+    def run(data, loss):
+        return generations.noisy_student(
+            build, {"loss": loss}, data, unlabelled=x, epochs=1
+        )
+
+    with pytest.raises(ValueError, match="need a loss over classes"):
+        run((x, y), "binary_crossentropy")
+    with pytest.raises(ValueError, match="labels of one output"):
+        run((x, {"a": y}), tiny.SPARSE)
+    with pytest.raises(ValueError, match="no sample weights"):
+        run((x, y, np.ones(24)), tiny.SPARSE)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

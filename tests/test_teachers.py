@@ -303,3 +303,10 @@ def test_what_is_declared_is_part_of_the_fingerprint():
         kd.teachers.Model(model, from_logits=f).fingerprint() for f in (None, True)
     }
     assert len(found) == 2
+
+
+def test_what_is_trainable_is_no_part_of_the_fingerprint():
+    model = tiny.mlp()
+    before = fingerprint(model)
+    model.trainable = False
+    assert fingerprint(model) == before

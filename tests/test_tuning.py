@@ -492,3 +492,26 @@ def test_a_search_without_a_good_trial_has_no_best(tmp_path):
         tuning.best_distiller(tuner)
     with pytest.raises(ValueError, match="At least two trials"):
         tuning.plot(tuner, tmp_path / "plot.png")
+
+
+def test_a_search_takes_what_fit_takes_by_position(tmp_path):
+    seen = {}
+
+    class Noting(Eager):
+        def fit(self, *args, **kwargs):
+            seen.update(kwargs)
+            return super().fit(*args, **kwargs)
+
+    model = hypermodel(distiller=Noting, soft_loss=tuning.Choice(["auto", None]))
+    tuner = keras_tuner.RandomSearch(
+        model,
+        tuning.objective("val_hard_loss"),
+        max_trials=2,
+        directory=tmp_path,
+        project_name="search",
+    )
+    tuner.search(X, Y, 6, 2, 0, validation_data=VALIDATION)
+    assert (seen["batch_size"], seen["epochs"], seen["verbose"]) == (6, 2, 0)
+    trials = list(tuner.oracle.trials.values())
+    trials[0].score, trials[1].score = float("nan"), 0.5
+    assert tuning.results(tuner)[0]["trial"] == trials[1].trial_id

@@ -99,13 +99,13 @@ class Chain:
             if stored is None:
                 trained = step(models[-1] if models else None)
                 trained.compile(**_fresh(compile_args))
-                own = callbacks(index) if callable(callbacks) else list(callbacks)
+                own = callbacks(index) if callable(callbacks) else callbacks
                 kept = [Record()] if storage is None else storage.callbacks(index)
                 trained.fit(
                     **as_arguments(data),
                     epochs=epochs,
                     validation_data=validation_data,
-                    callbacks=[*own, *kept],
+                    callbacks=[*keras.tree.flatten(own), *kept],
                     **fit,
                 )
                 stored = trained.student, kept[0].history

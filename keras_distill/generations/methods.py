@@ -12,9 +12,10 @@ from keras import ops
 
 from keras_distill.base import BaseDistiller
 from keras_distill.distiller import Distiller
-from keras_distill.generations.chain import Chain, Generations, as_arguments
+from keras_distill.generations.chain import Chain, Generations
 from keras_distill.generations.objectives import ConfidenceWeighted, PermutedTarget
 from keras_distill.losses.response import SoftTarget
+from keras_distill.weighting import label_kind
 
 Build = Callable[..., keras.Model]
 
@@ -311,7 +312,8 @@ def noisy_student(
     Raises:
         TypeError: As `born_again`.
         ValueError: As `born_again`; if one of the two data is arrays and the other is
-            not.
+            not, `data` are not pairs of inputs and labels of one output, or the
+            compiled loss knows no rows without a label.
 
     Example:
 
@@ -330,7 +332,8 @@ def noisy_student(
         loss = SoftTarget(1.0, divergence="cross_entropy")
         return Distiller(build(), teacher, alpha=1.0, beta=1.0, soft_loss=loss)
 
-    chain = _same_size(build, taught, generations, _joined(data, unlabelled))
+    none = _none(compile_args, data)
+    chain = _same_size(build, taught, generations, _joined(data, unlabelled, none))
     return Chain(chain.steps, [data, *chain.data[1:]]).run(
         {"chain": "noisy_student"},
         compile_args,
@@ -351,7 +354,7 @@ def _same_size(build: Build, taught: Any, generations: int, data: Any) -> Chain:
     return Chain(steps, [data] * generations)
 
 
-def _joined(data: Any, unlabelled: Any) -> Any:
+def _joined(data: Any, unlabelled: Any, none: int) -> Any:
     """Labelled and unlabelled rows, the latter with the label that means "none"."""
     if isinstance(data, tuple) != (not hasattr(unlabelled, "element_spec")):
         raise ValueError(
@@ -359,30 +362,47 @@ def _joined(data: Any, unlabelled: Any) -> Any:
             f"Received: {type(data).__name__} and {type(unlabelled).__name__}"
         )
     if isinstance(data, tuple):
-        x, y = (as_arguments(data)[key] for key in ("x", "y"))
-        if len(data) > 2:
-            raise ValueError("`data` must be (x, y) here, without sample weights.")
+        x, y = data
         rows = len(keras.tree.flatten(unlabelled)[0])
         y = np.asarray(y)
         both = keras.tree.map_structure(
             lambda a, b: np.concatenate([a, b]), x, unlabelled
         )
-        return both, np.concatenate(
-            [y, np.broadcast_to(_none(y), (rows, *y.shape[1:]))]
-        )
+        return both, np.concatenate([y, np.broadcast_to(none, (rows, *y.shape[1:]))])
 
     def join(labelled: Any, x: Any) -> Any:
         own, y = labelled
         if keras.backend.standardize_dtype(y.dtype).startswith("uint"):
             y = ops.cast(y, "int64")  # room for -1
         rows = ops.shape(keras.tree.flatten(x)[0])[0]
-        missing = ops.zeros((rows, *y.shape[1:]), y.dtype) + ops.cast(_none(y), y.dtype)
+        missing = ops.full((rows, *y.shape[1:]), none, y.dtype)
         both = keras.tree.map_structure(lambda a, b: ops.concatenate([a, b], 0), own, x)
         return both, ops.concatenate([y, missing], 0)
 
     return data.zip((data.repeat(), unlabelled)).map(join)
 
 
-def _none(y: Any) -> int:
-    """What means "no label": -1 for integers, a row of zeros for one-hot labels."""
-    return -1 if len(y.shape) == 1 or y.shape[-1] == 1 else 0
+def _none(compile_args: Any, data: Any) -> int:
+    """What means "no label": -1 for integers, 0 in all of a row of one-hot labels.
+
+    Raises:
+        ValueError: If `data` are not pairs, or the loss knows no such label.
+    """
+    pair = data if isinstance(data, tuple) else getattr(data, "element_spec", None)
+    if not isinstance(pair, tuple) or len(pair) != 2 or not hasattr(pair[1], "shape"):
+        raise ValueError(
+            "`data` must be (x, y), or a data set of such batches: the labels of one "
+            "output, and no sample weights."
+        )
+    arguments = compile_args() if callable(compile_args) else compile_args
+    if not isinstance(arguments, dict):
+        return -1  # the chain refuses them
+    kind = label_kind(arguments.get("loss"))
+    if kind == "crossentropy":  # Keras decides by the shapes
+        kind = "sparse" if pair[1].shape[-1] in (1, None) else "categorical"
+    if kind is None:
+        raise ValueError(
+            "`compile_args`: rows without a label need a loss over classes, such as "
+            f"SparseCategoricalCrossentropy. Received: {arguments.get('loss')!r}"
+        )
+    return -1 if kind == "sparse" else 0

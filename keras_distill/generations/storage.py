@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
 import keras
 
 from keras_distill.callbacks import Backup
+from keras_distill.distribute.workers import is_chief
 
 _FORMAT = 1
 
@@ -135,7 +137,7 @@ class Record(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._epochs.append({k: float(v) for k, v in (logs or {}).items()})
-        if self._path is not None:
+        if self._path is not None and is_chief(self.model.distribute_strategy):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _write(self._path, json.dumps(self._epochs).encode())
 
@@ -162,7 +164,8 @@ def _checksum(path: Path) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
+    # Several workers may begin a chain at once.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_bytes(content)
     _rename(temporary, path)
 

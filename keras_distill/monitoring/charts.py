@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_distill.inputs import plain_inputs, select_inputs
 from keras_distill.monitoring.figures import attention_figure
 from keras_distill.monitoring.views import class_accuracies, compares_logits, views_of
 from keras_distill.taps import paths_of
@@ -101,8 +102,11 @@ class LogitCharts:
         return found
 
     def _measure(self, baseline: keras.Model) -> None:
+        def seen(x: Any) -> Any:
+            return select_inputs(plain_inputs(x), self._model.student_inputs)
+
         found = self._collect(
-            lambda x: [view.of_student(baseline(x)) for view in self._views]
+            lambda x: [view.of_student(baseline(seen(x))) for view in self._views]
         )
         for view, values in zip(self._views, found, strict=True):
             if "labels" not in values:

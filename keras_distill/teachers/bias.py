@@ -67,7 +67,8 @@ def correct_bias(
             f"the rest. Received: {dict(shares)}"
         )
     outputs = model.predict(data, batch_size=batch_size, verbose=0)
-    logits = _numpy(head.logits(outputs)).reshape(-1, head.classes)
+    (output,) = keras.tree.flatten(outputs)
+    logits = _numpy(head.logits(output)).reshape(-1, head.classes)
     shifts = _shifts(logits.astype("float64"), ids, wanted)
     add_to_bias(bias, ids, shifts)
     return {int(c): float(shift) for c, shift in zip(ids, shifts, strict=True)}
@@ -105,11 +106,12 @@ def last_bias(argument: str, model: keras.Model) -> tuple[Head, Any]:
 
     def odds() -> np.ndarray:
         """Of the first class against every other one, as logarithms."""
-        logits = _numpy(head.logits(call_model(model, x, False)))
+        (output,) = keras.tree.flatten(call_model(model, x, False))
+        logits = _numpy(head.logits(output))
         return logits[..., :1] - logits[..., 1:]
 
     before = odds()
-    for bias in reversed(model.trainable_variables):
+    for bias in reversed(model.weights):  # frozen or not
         if tuple(bias.shape) != (head.classes,):
             continue
         value = _numpy(bias)

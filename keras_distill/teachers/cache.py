@@ -148,6 +148,8 @@ class Cache(Teacher):
             shard,
         )
         check_dataset(dataset)
+        if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+            raise ValueError("`dataset` must end. Received one that repeats for ever.")
         if shard is not None:
             dataset = dataset.shard(shard[1], shard[0])
         directory = Path(path)

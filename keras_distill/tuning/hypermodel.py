@@ -18,7 +18,6 @@ import tensorflow as tf
 from keras_tuner.errors import FailedTrialError, FatalValueError
 
 from keras_distill.distiller import Distiller
-from keras_distill.fitting import unique
 from keras_distill.losses.base import number
 from keras_distill.teachers.cache import Cache
 from keras_distill.teachers.ensemble import as_teacher
@@ -27,6 +26,7 @@ from keras_distill.tuning.objectives import check_objective
 from keras_distill.tuning.spaces import Choice, Numbers
 
 _TEMPERATURE, _BETA = (1, 20), (0, 1)
+_FIT = tuple(inspect.signature(keras.Model.fit).parameters)[1:]  # names, in order
 _Asked = tuple[tuple[str, ...], tuple[float, ...]]  # taps, temperatures
 
 
@@ -200,7 +200,7 @@ class DistillationHyperModel(keras_tuner.HyperModel):
                 or cannot be compared between trials, or the cache cannot be made of
                 these data.
         """
-        given = dict(zip(("x", "y"), args, strict=False)) | kwargs
+        given = dict(zip(_FIT, args, strict=False)) | kwargs
         for callback in given.get("callbacks") or []:
             tuner = getattr(callback, "tuner", None)
             if isinstance(tuner, keras_tuner.Tuner):
@@ -331,10 +331,9 @@ class DistillationHyperModel(keras_tuner.HyperModel):
 
     def _asked(self, model: Any) -> _Asked:
         """What a trial asks its teacher for: taps, and a temperature if it matters."""
-        taps = unique(link.teacher_layer for link in model.links)
         matters = self.teacher.one_temperature
         at = (number(model._teacher_temperature),) if matters else ()
-        return tuple(sorted(taps)), at
+        return tuple(sorted(model._teacher_taps)), at
 
     def _build_cache(
         self, rows: Any, path: str | os.PathLike[str], asked: _Asked

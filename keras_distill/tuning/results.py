@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from typing import Any
 
@@ -59,7 +60,7 @@ def results(tuner: Any) -> Results:
     sign = -1 if oracle.objective.direction == "max" else 1
     trials = sorted(
         oracle.trials.values(),
-        key=lambda t: (t.score is None, 0 if t.score is None else sign * t.score),
+        key=lambda t: (1, 0) if _no_score(t) else (0, sign * t.score),
     )
     rows = Results()
     for trial in trials:
@@ -74,6 +75,11 @@ def results(tuner: Any) -> Results:
             row["message"] = trial.message.strip().splitlines()[-1]
         rows.append(row)
     return rows
+
+
+def _no_score(trial: Any) -> bool:
+    """Whether a trial has none; one that diverged has failed with NaN."""
+    return trial.score is None or math.isnan(trial.score)
 
 
 def best_distiller(tuner: Any) -> Any:

@@ -38,7 +38,10 @@ class Choice:
             )
         self.labels: list[Any] = []
         for value in self.values:
-            self.labels.append(value if _plain(value) else self._new_label(value))
+            if value is None:  # keras-tuner wants labels of one kind
+                self.labels.append("None")
+            else:
+                self.labels.append(value if _plain(value) else self._new_label(value))
 
     def _new_label(self, value: Any) -> str:
         """How keras-tuner writes an object down: the same in every process."""

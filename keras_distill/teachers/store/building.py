@@ -337,8 +337,15 @@ def asked_at(temperatures: Sequence[float]) -> float:
 
 
 def _tap_names(taps: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
-    """What links may call the taps: as they were asked for, or by path."""
-    return {path: path for path in paths} | dict(zip(taps, paths, strict=True))
+    """What links may call the taps: by path, or as they were asked for.
+
+    A name that stands for several paths is none: a link has to say which.
+    """
+    meant: dict[str, set[str]] = {}
+    for tap, path in zip(taps, paths, strict=True):
+        meant.setdefault(tap, set()).add(path)
+    names = {tap: found.pop() for tap, found in meant.items() if len(found) == 1}
+    return {path: path for path in paths} | names
 
 
 def _any_batch(spec: Any) -> tf.TensorSpec:

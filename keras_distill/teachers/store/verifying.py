@@ -53,7 +53,7 @@ def largest_difference(
             leaves = lookup.read(keys.numpy(), places, np.full(count, view))
             pick = slice(view, None, views)
             found = _differences(lookup.codec, leaves, known, features, heads, pick)
-            largest = max(largest, *found)
+            largest = float(np.max([largest, *found]))  # keeps NaN
         seen += count
     return seen, largest
 
