@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -27,13 +28,15 @@ from keras_distill.matching import weights_by_output
 from keras_distill.specs import input_spec, output_spec
 from keras_distill.steps_tensorflow import Steps
 from keras_distill.tables import text_table
-from keras_distill.taps import call_model, run_with_taps
+from keras_distill.taps import call_model, children, run_with_taps
 from keras_distill.terms import Counted, TermWeights
 from keras_distill.weighting import (
     current_rows,
     current_share,
     full,
     note_log,
+    note_losses,
+    noted_losses,
     unscaled,
 )
 
@@ -98,7 +101,8 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         if not isinstance(student, keras.Model):
             raise TypeError(f"`student` must be a keras.Model. Received: {student!r}")
         student_spec = input_spec(student)
-        super().__init__(name=name)
+        # The student casts its inputs, or not: as it does without a distiller.
+        super().__init__(name=name, autocast=False)
         self._check_scope(student)
         self._temperature: Any = None
         self.student = student
@@ -167,8 +171,11 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         """
         x = select_inputs(plain_inputs(x), self.student_inputs)
         if taps is None:
-            return call_model(self.student, x, training)
-        return run_with_taps(self.student, x, taps, training)
+            found = call_model(self.student, x, training)
+        else:
+            found = run_with_taps(self.student, x, taps, training)
+        note_losses(self.student)
+        return found
 
     def mean(self, values: Any, sample_weight: Any = None) -> Any:
         """Weighted mean over rows (positions), scaled as every term must be."""
@@ -262,7 +269,8 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         for term, value in terms.items():
             losses[term] = self._weighted(term, value)
         # In evaluation nothing but the student runs: an adapter's would be stale.
-        extra = self.regularization(None if training else self.student)
+        others = [layer for layer in children(self) if layer is not self.student]
+        extra = self.regularization(others if training else ())
         if extra is not None:
             losses["regularization"] = extra
         if losses:
@@ -280,10 +288,11 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         if share is None:
             return weights
         ones = ops.ones((current_rows(padded=True),))
-        return [
-            (ones if w is None else ops.cast(w, "float32")) * share.factor
+        scaled = {  # one tensor for outputs that have one weight: see `_one_weight`
+            id(w): (ones if w is None else ops.cast(w, "float32")) * share.factor
             for w in weights
-        ]
+        }
+        return [scaled[id(w)] for w in weights]
 
     def _weighted(self, term: str, value: Any) -> Any:
         """A term as it is differentiated; also records it."""
@@ -311,9 +320,15 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         """The weight of a term in this step."""
         return self._terms[term]
 
-    def regularization(self, layer: keras.Layer | None = None) -> Any:
-        """Regularisation losses of a layer (by default all), this replica's part."""
-        losses = (layer or self).losses
+    def regularization(self, others: Sequence[keras.Layer] = ()) -> Any:
+        """Regularisation losses of the student's pass, this replica's part.
+
+        Args:
+            others: Further layers whose losses count, such as adapters.
+        """
+        losses = list(noted_losses(self.student))
+        for layer in others:
+            losses += layer.losses
         if not losses:
             return None
         total = ops.sum(ops.stack([ops.cast(loss, "float32") for loss in losses]))

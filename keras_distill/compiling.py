@@ -65,7 +65,7 @@ class Compiling:
                 f"Received: {log_gradient_share}"
             )
         optimizer = keras.optimizers.get(optimizer)
-        self._check_compile(optimizer, jit_compile, check_finite, across_replicas)
+        self._check_compile(optimizer, loss, jit_compile, check_finite, across_replicas)
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if auto_scale_loss and not scaled and computes_in_float16(self):
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
@@ -90,7 +90,8 @@ class Compiling:
             weighted_metrics=weighted_metrics,
             run_eagerly=run_eagerly,
             steps_per_execution=steps_per_execution,
-            jit_compile=jit_compile,
+            # XLA, which "auto" may mean, has no assertions.
+            jit_compile=False if check_finite else jit_compile,
             auto_scale_loss=auto_scale_loss,
         )
         if log_gradient_share:

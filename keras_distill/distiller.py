@@ -20,7 +20,7 @@ from keras_distill.taps import run_with_taps
 from keras_distill.teachers.base import Absent, Teacher
 from keras_distill.teachers.ensemble import as_teacher
 from keras_distill.teachers.model import Model
-from keras_distill.weighting import by_output, marked
+from keras_distill.weighting import by_output, current_share, marked
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -194,7 +194,7 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
             keys = [*names, *(log for log in logs if log in self._logs)]
             return {key: ops.zeros((), "float32") for key in keys}
 
-        if self._collective:
+        if self._collective(outputs, adapted):
             terms = compare()  # collectives cannot be inside a cond
         else:
             terms = ops.cond(self.term_active(names[0]), compare, nothing)
@@ -285,14 +285,21 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
         return tuple(link.name for link in self.links)
 
     @property
-    def compares_rows(self) -> bool:
-        losses = [self._soft_loss, *(link.loss for link in self.links)]
-        return any(getattr(loss, "across_batch", False) for loss in losses)
+    def transfer_losses(self) -> list[Any]:
+        return [self._soft_loss, *(link.loss for link in self.links)]
 
     @property
-    def _collective(self) -> bool:
-        """Whether the terms need all replicas at once."""
-        return self._options["across_replicas"]
+    def compares_rows(self) -> bool:
+        return any(getattr(one, "across_batch", False) for one in self.transfer_losses)
+
+    def _collective(self, *compared: Any) -> bool:
+        """Whether the terms need all replicas at once, if only to count positions."""
+        masked = any(
+            getattr(leaf, "_keras_mask", None) is not None
+            for leaf in keras.tree.flatten(compared)
+        )
+        several = current_share() is not None
+        return self._options["across_replicas"] or (masked and several)
 
     @property
     def teacher_terms(self) -> list[str]:
@@ -340,13 +347,27 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
             )
         for tap in self._teacher_taps:
             teacher.resolve(tap)
+        specs = [known.tap_specs(self._teacher_taps) for known in (teacher, old)]
+        shapes, wanted = (
+            {tap: tuple(spec.shape)[1:] for tap, spec in found.items()}
+            for found in specs
+        )
+        if shapes != wanted:
+            raise ValueError(
+                f"The teacher's features have shapes {shapes}; this distiller was made "
+                f"for {wanted}."
+            )
         if self._soft_loss is not None:
             self._check_teacher(teacher)
         self.__dict__["_teacher"] = teacher
         if self._soft_loss is not None:  # its outputs may be of another kind
-            self._matches = self._match_outputs(
-                isinstance(self._soft_loss, DistillationLoss)
-            )
+            try:
+                self._matches = self._match_outputs(
+                    isinstance(self._soft_loss, DistillationLoss)
+                )
+            except ValueError:
+                self.__dict__["_teacher"] = old
+                raise
         self.train_function = None
 
     def describe_term(self, name: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,8 @@ def with_mask_of(source: Any, target: Any) -> Any:
 
 def output_names(model: keras.Layer, outputs: Any) -> list[str]:
     """Names of a model's flat outputs: keys of a dict, else Keras's names."""
+    if isinstance(outputs, OrderedDict):  # flattened as it is, another dict sorted
+        return [str(key) for key in outputs]
     if isinstance(outputs, dict):
         return [str(key) for key in sorted(outputs)]
     count = len(keras.tree.flatten(outputs))

@@ -35,6 +35,7 @@ class Share:
         gather: Gives every replica the rows of all, in a structure of tensors.
         own: This replica's rows of what has a row for each of all.
         logged: Names of the logs that this step updates.
+        losses: What the student's layers added in this step: see `note_losses`.
     """
 
     rows: Any
@@ -44,6 +45,7 @@ class Share:
     gather: Callable[[Any], Any]
     own: Callable[[Any], Any]
     logged: set[str] = field(default_factory=set)
+    losses: list[list[Any]] = field(default_factory=list)
 
     @property
     def factor(self) -> Any:
@@ -90,6 +92,23 @@ def note_log(name: str) -> None:
     share = getattr(_current, "share", None)
     if share is not None:
         share.logged.add(name)
+
+
+def note_losses(layer: keras.Layer) -> None:
+    """Remembers what a forward pass added, as soon as it is over.
+
+    At a collective the replicas' threads take turns, and behind it a layer may hold
+    what another replica has added.
+    """
+    share = getattr(_current, "share", None)
+    if share is not None:
+        share.losses[:] = [layer.losses]
+
+
+def noted_losses(layer: keras.Layer) -> list[Any]:
+    """What `note_losses` has remembered in this step, else what the layer has now."""
+    share = getattr(_current, "share", None)
+    return layer.losses if share is None or not share.losses else share.losses[0]
 
 
 def current_rows(padded: bool = False) -> Any:

@@ -429,3 +429,13 @@ def test_losses_with_labels_know_which_are_missing(place):
         logs = tiny.history(distiller, x, np.where(missing, none, y), batch_size=8)
         values.append(logs[f"{place}_loss"][0])
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_class_weights_of_a_fit_are_not_those_of_a_later_batch():
+    x, y = tiny.data(8)
+    distiller = frozen()
+    plain = distiller.train_on_batch(x, y, return_dict=True)["hard_loss"]
+    tiny.history(distiller, x, y, class_weight={0: 5.0, 1: 7.0})
+    distiller.reset_metrics()
+    again = distiller.train_on_batch(x, y, return_dict=True)["hard_loss"]
+    assert again == pytest.approx(plain, rel=1e-6)

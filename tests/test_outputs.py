@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import keras
 import numpy as np
 import pytest
@@ -195,3 +197,18 @@ def test_a_distiller_with_several_outputs_saves(tmp_path):
         np.testing.assert_array_equal(a, b)
     loaded.teacher = distiller.teacher
     tiny.history(loaded, x, y)
+
+
+def test_outputs_in_a_dict_that_keeps_its_order():
+    inputs = keras.Input((tiny.FEATURES,))
+    outputs = OrderedDict(
+        (name, keras.layers.Dense(tiny.CLASSES, name=name)(inputs)) for name in "za"
+    )
+    student = keras.Model(inputs, outputs)
+    x, y = tiny.data()
+    labels = {"z": y, "a": (y + 1) % tiny.CLASSES}
+    distiller = kd.BaseDistiller(student)
+    distiller.compile("sgd", tiny.SPARSE, run_eagerly=True)
+    found = distiller.evaluate(x, labels, verbose=0, return_dict=True)
+    expected = sum(float(tiny.SPARSE(labels[n], student(x)[n])) for n in "za")
+    assert found["hard_loss"] == pytest.approx(expected, rel=1e-5)

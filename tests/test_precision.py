@@ -127,3 +127,29 @@ def test_large_logits_in_float16_stay_finite():
     distiller = tiny.compiled(tiny.distiller(student))
     logs = tiny.history(distiller, x, y)
     assert all(np.isfinite(values).all() for values in logs.values())
+
+
+def test_the_student_casts_its_inputs_itself():
+    """Under a policy of 16 bits a functional model does not, and so a distiller."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        inputs = keras.Input((tiny.FEATURES,))
+        x = keras.layers.Rescaling(1e-5, dtype="float32")(inputs)
+        student = keras.Model(inputs, keras.layers.Dense(tiny.CLASSES)(x))
+        distiller = kd.BaseDistiller(student)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x = np.full((2, tiny.FEATURES), 1e5, "float32")  # more than float16 holds
+    found = distiller.predict(x, verbose=0)
+    np.testing.assert_array_equal(found, student.predict(x, verbose=0))
+    assert np.isfinite(found).all()
+
+
+def test_policies_and_shares_in_64_bits():
+    student, teacher = (tiny.mlp(dtype="float64") for _ in range(2))
+    link = kd.Link("hidden", "hidden", "mse")
+    distiller = kd.Distiller(student, teacher, links=[link])
+    options = {"gradient_policy": kd.ClipToMain(), "log_gradient_share": 1}
+    tiny.compiled(distiller, run_eagerly=False, **options)
+    logs = tiny.history(distiller, *tiny.data())
+    assert 0 < logs["soft_gradient_share"][0] < 1

@@ -432,3 +432,11 @@ def test_explain_says_what_was_not_computed():
         kd.explain(tiny.distiller(), (x, y))
     with pytest.raises(TypeError, match="must be a distiller"):
         kd.explain(tiny.mlp(), (x, y))
+
+
+def test_a_teacher_that_is_refused_leaves_the_one_before():
+    distiller = made()
+    before = distiller.teacher
+    with pytest.raises(ValueError, match="features have shapes"):
+        distiller.teacher = tiny.mlp(7)
+    assert distiller.teacher is before

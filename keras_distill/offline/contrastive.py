@@ -114,8 +114,7 @@ class ContrastiveDistiller(Distiller):
     def compares_rows(self) -> bool:
         return True
 
-    @property
-    def _collective(self) -> bool:
+    def _collective(self, *compared: Any) -> bool:
         return self.distribute_strategy.num_replicas_in_sync > 1
 
     def _adapted(self, features: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,11 @@ class HintStage(Distiller):
         above = {id(v) for v in self.__dict__.get("_above", ())}
         return [v for v in super().trainable_variables if id(v) not in above]
 
-    def regularization(self, layer: keras.Layer | None = None) -> Any:
+    @property
+    def trainable_weights(self) -> list[Any]:
+        return self.trainable_variables  # what an optimizer's averages go to
+
+    def regularization(self, others: Sequence[keras.Layer] = ()) -> Any:
         return None
 
     def train_step(self, data: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class GatedEnsemble(keras.Model):
                 f"`stem` must have one output. {stem.name!r} has "
                 f"{len(keras.tree.flatten(shared))}."
             )
-        super().__init__(name=name)
+        super().__init__(name=name, autocast=False)
         self.stem = stem
         self.branches = branches
         gate = default_gate(shared.shape, len(branches)) if gate is None else gate

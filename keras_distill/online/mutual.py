@@ -19,7 +19,7 @@ from keras_distill.online.optimizers import PeerOptimizers, one_for_each
 from keras_distill.steps_tensorflow.discarding import restore
 from keras_distill.steps_tensorflow.gradients import values_of
 from keras_distill.taps import call_model
-from keras_distill.weighting import for_masked, this_share
+from keras_distill.weighting import for_masked, note_losses, this_share
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -146,7 +146,8 @@ class MutualLearning(BaseDistiller):
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(values_of(network.trainable_variables))
                     heard.append(call_model(network, x, True))
-                    extras.append(self.regularization(network))
+                    note_losses(network)  # at once, and for this network alone
+                    extras.append(self.regularization())
                 tapes.append(tape)
             self.hard_loss(labels, self.student.combine(heard), scaled, weights)
             gradients: list[list[Any]] = []

@@ -17,7 +17,7 @@ from keras_distill.losses.response import SoftTarget
 from keras_distill.online.gated import GatedEnsemble, symbolic_inputs
 from keras_distill.taps import call_model
 from keras_distill.terms import Counted
-from keras_distill.weighting import for_masked
+from keras_distill.weighting import for_masked, note_losses
 
 NEVER = -1.0  # the accuracy of a branch that was not validated yet
 
@@ -175,6 +175,7 @@ class OneEnsemble(BaseDistiller):
     ) -> tuple[Any, dict[str, Any]]:
         network = self.student
         outputs, gates = network.parts(x, training)
+        note_losses(network)
         ensemble = network.mix(outputs, gates)
         logits = [network.logits(output) for output in outputs]
         teacher = network.logits(ensemble)

@@ -21,7 +21,7 @@ from keras_distill.selfdistill.multi_exit import (
     classifier,
 )
 from keras_distill.terms import Counted
-from keras_distill.weighting import for_masked
+from keras_distill.weighting import for_masked, note_losses
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -165,6 +165,7 @@ class BeYourOwnTeacher(BaseDistiller):
         self, x: Any, y: Any, sample_weight: Any, training: bool
     ) -> tuple[Any, dict[str, Any]]:
         outputs, features = self.student.everything(x, training)
+        note_losses(self.student)
         logits = [self.student.logits(output) for output in outputs]
         for index, exit_logits in enumerate(logits):
             self.log_accuracy(f"exit_{index}_accuracy", y, exit_logits)

@@ -49,7 +49,7 @@ class ExitNetwork(keras.Model):
                 "for each, and one bottleneck less. Received: "
                 f"{len(trunk)}, {len(classifiers)} and {len(bottlenecks)}."
             )
-        super().__init__(name=name)
+        super().__init__(name=name, autocast=False)
         self.trunk = trunk
         self.bottlenecks = bottlenecks
         self.classifiers = list(classifiers)

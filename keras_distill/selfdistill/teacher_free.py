@@ -114,7 +114,7 @@ class TeacherFree(BaseDistiller):
         if not training:
             return outputs, {}
         labels, weights = self._read(y, sample_weight, training=False)
-        values = []
+        values, counted = [], []
         for head, output, label, weight in zip(
             self._heads, keras.tree.flatten(outputs), labels, weights, strict=True
         ):
@@ -122,10 +122,13 @@ class TeacherFree(BaseDistiller):
                 logits = head.logits(output)
                 known, own, weight, rows = self._for_losses([label], logits, [weight])
                 value = self._regularizer(known, own, weight)
+                counted.append(rows)
                 values.append(self.output_weights.get(head.name, 1.0) * value)
         if not values:
             return outputs, {}
-        return outputs, {"soft": Counted(ops.sum(ops.stack(values)), rows)}
+        return outputs, {
+            "soft": Counted(ops.sum(ops.stack(values)), ops.mean(ops.stack(counted)))
+        }
 
     @property
     def regularizer(self) -> DistillationLoss:

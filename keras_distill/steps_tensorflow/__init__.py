@@ -123,10 +123,23 @@ class Steps(Gradients, Discarding, Running):
         check_scope(student)
 
     def _check_compile(
-        self: Any, optimizer: Any, jit_compile: Any, check_finite: bool, across: bool
+        self: Any,
+        optimizer: Any,
+        loss: Any,
+        jit_compile: Any,
+        check_finite: bool,
+        across: bool,
     ) -> None:
         """Refuses options that do not go together."""
         several = replica_count() > 1
+        for one in [*keras.tree.flatten(loss), *self.transfer_losses]:
+            reduction = getattr(one, "reduction", None)
+            if several and reduction not in (None, "mean", "sum_over_batch_size"):
+                raise ValueError(
+                    f"reduction={reduction!r} is not supported with several replicas: "
+                    "losses are taken as means over the global batch. Received it in "
+                    f"{one!r}."
+                )
         if check_finite and jit_compile is True:
             raise ValueError(
                 "`check_finite=True` does not work with `jit_compile=True`: XLA has no "

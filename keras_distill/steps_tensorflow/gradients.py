@@ -45,6 +45,11 @@ class Gradients:
         return ()
 
     @property
+    def transfer_losses(self: Any) -> list[Any]:
+        """The losses of the terms that a subclass declares, if they are Keras's."""
+        return []
+
+    @property
     def compares_rows(self: Any) -> bool:
         """Whether any loss compares the rows of a batch with each other."""
         return False
@@ -63,14 +68,16 @@ class Gradients:
             # Policies and clipping see gradients without the loss scale.
             scale = optimizer.scale_loss(tf.ones(()))
             groups = [
-                [None if g is None else dense(g) / scale for g in group]
+                [None if g is None else _divided(dense(g), scale) for g in group]
                 for group in groups
             ]
             gradients = groups[0]
             if policy:
                 gradients = self._combined(policy, *groups, variables)
             gradients = clip_gradients(optimizer, gradients)
-            gradients = [None if g is None else g * scale for g in gradients]
+            gradients = [
+                None if g is None else g * tf.cast(scale, g.dtype) for g in gradients
+            ]
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             ok = None  # it skips such batches itself, and lowers its scale
         apply_gradients(optimizer, gradients, variables, ok)
@@ -114,7 +121,9 @@ class Gradients:
             norms = []
             for name in names:
                 gradients = sum_gradients(tape.gradient(losses[name], values))
-                some = [dense(g) for g in gradients if g is not None]
+                some = [
+                    tf.cast(dense(g), tf.float32) for g in gradients if g is not None
+                ]
                 norms.append(tf.linalg.global_norm(some) if some else tf.zeros(()))
             return tf.math.divide_no_nan(tf.stack(norms), tf.add_n(norms))
 
@@ -162,6 +171,10 @@ class Gradients:
                 inner = {id(v) for child in children(layer) for v in child.variables}
                 reached |= {id(v) for v in layer.non_trainable_variables} - inner
         return reached
+
+
+def _divided(gradient: Any, scale: Any) -> Any:
+    return gradient / tf.cast(scale, gradient.dtype)
 
 
 def values_of(variables: list[Any]) -> list[Any]:

@@ -84,10 +84,8 @@ class Running:
         begin_together(self.distribute_strategy, self.variables, self.described)
         counter = EpochCounter()
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(counter)
-        else:
-            callbacks = _in_order(keras.tree.flatten(callbacks or []))
-            callbacks = [counter, *callbacks]
+            callbacks = callbacks.callbacks
+        callbacks = [counter, *_in_order(keras.tree.flatten(callbacks or []))]
         self._initial_epoch = None  # a callback that resumed leaves its epoch there
         if not is_chief(self.distribute_strategy):
             verbose = 0
@@ -105,6 +103,21 @@ class Running:
                 shuffle=shuffle and not isinstance(x, tf.data.Dataset),
                 **kwargs,
             )
+
+    def train_on_batch(
+        self: Any,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: dict[int, float] | None = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """Trains on one batch, as `keras.Model.train_on_batch`."""
+        self._set_class_weight(class_weight)
+        self._note_one_weight(sample_weight)
+        return super().train_on_batch(  # type: ignore[misc]
+            x, y, sample_weight, return_dict=return_dict
+        )
 
     def evaluate(
         self: Any,

@@ -411,3 +411,44 @@ def test_across_replicas_needs_several():
     link = kd.Link("hidden", "hidden", losses.RelationalDistance(), adapter="auto")
     with pytest.raises(ValueError, match="no effect on one replica"):
         distiller(links=[link]).compile("sgd", tiny.SPARSE, across_replicas=True)
+
+
+def test_what_layers_add_is_that_of_their_own_replica(strategy):
+    """Replicas take turns at collectives: behind one, layers hold another's losses."""
+
+    def make():
+        model = cnn()
+        x = layers.ActivityRegularization(l2=0.1)(model.output)
+        return kd.BaseDistiller(keras.Model(model.input, x))
+
+    check_equal(strategy, make, images(2 * BATCH))  # even: each takes its own mean
+
+
+def test_masked_students_and_two_outputs_with_a_link(strategy):
+    def tagger(width):
+        inputs = keras.Input((6,), dtype="int32")
+        x = layers.Embedding(20, width, mask_zero=True, name="words")(inputs)
+        x = layers.LSTM(width, name="lstm")(x)
+        outputs = [layers.Dense(tiny.CLASSES, name=n)(x) for n in "ab"]
+        return keras.Model(inputs, outputs)
+
+    def make():
+        link = kd.Link("lstm", "lstm", "mse", adapter="auto")
+        return kd.Distiller(tagger(4), tagger(6), links=[link])
+
+    generator = np.random.default_rng(1)
+    x = generator.integers(0, 20, (2 * BATCH, 6)).astype("int32")
+    y = generator.integers(0, tiny.CLASSES, 2 * BATCH)
+    data = tf.data.Dataset.from_tensor_slices((x, (y, y))).batch(BATCH)
+    check_equal(strategy, make, data, metrics=None)
+
+
+def test_reductions_that_are_no_means_are_refused(strategy):
+    summed = keras.losses.SparseCategoricalCrossentropy(True, reduction="sum")
+    kd.Distiller(tiny.mlp(), tiny.mlp()).compile("sgd", summed)
+    with strategy.scope():
+        with pytest.raises(ValueError, match="reduction='sum' is not supported"):
+            kd.Distiller(tiny.mlp(), tiny.mlp()).compile("sgd", summed)
+        soft = kd.losses.SoftTarget(reduction="sum")
+        with pytest.raises(ValueError, match="reduction='sum' is not supported"):
+            kd.Distiller(tiny.mlp(), tiny.mlp(), soft_loss=soft).compile("sgd")

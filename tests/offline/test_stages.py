@@ -198,3 +198,13 @@ def test_the_layers_of_boundaries_weigh_half_of_the_next(teacher):
     assert [hint.adapter for hint in distiller.hints] == [None] * 3
     narrow = kd.ActivationBoundaryDistiller(nets.net(3), teacher, nets.NORMS)
     assert all(isinstance(h.adapter, kd.adapters.Connector) for h in narrow.hints)
+
+
+def test_averages_of_weights_stay_with_the_weights_that_are_trained(teacher, digits):
+    student = nets.net(3)
+    distiller = kd.HintDistiller(student, teacher, hints={"relu2": "relu2"})
+    optimizer = keras.optimizers.SGD(0.01, use_ema=True)
+    distiller.compile(optimizer, nets.SPARSE, run_eagerly=True)
+    above = student.layers[-1].kernel.numpy()
+    distiller.fit_hints(digits[0][:32], verbose=0)
+    np.testing.assert_array_equal(student.layers[-1].kernel, above)
