@@ -18,8 +18,8 @@ INTRODUCTION = """# Results
 
 Every figure on this page was measured by a script, which wrote it to a file in
 `docs/results`; the page is made from these files. Each section names the command. A
-reproduction goes on from the runs that are in its file; to measure anew, give it another
-one with `--out`, and another folder with `--runs`.
+reproduction goes on from the runs that are in its file; to measure anew, give it
+another one with `--out`, and another folder with `--runs`.
 """
 REPRODUCTIONS = """## Methods and papers
 
