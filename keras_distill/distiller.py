@@ -173,7 +173,7 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
     ) -> tuple[Any, dict[str, Any]]:
         if not training:
             return self.run_student(x, training), {}
-        if self.links and isinstance(sample_weight, dict):
+        if self.link_names and isinstance(sample_weight, dict):
             raise ValueError(
                 "Links need one weight per row: `sample_weight` differs between the "
                 f"outputs {list(sample_weight)}."

@@ -26,7 +26,10 @@ class Match:
 def match_heads(
     students: Sequence[Head], teachers: Sequence[Head], weights: dict[str, float]
 ) -> list[Match]:
-    """Pairs outputs by name; one output each always match.
+    """Pairs outputs by name; by place where both have the same names in one order.
+
+    One output each always match. A head that is called twice gives two outputs of one
+    name.
 
     Args:
         students: The student's heads.
@@ -36,21 +39,18 @@ def match_heads(
     Raises:
         ValueError: If there is no output in common.
     """
-    by_name = {head.name: index for index, head in enumerate(teachers)}
+    names = [head.name for head in teachers]
+    by_place = [head.name for head in students] == names
     if len(students) == len(teachers) == 1:
-        by_name = {students[0].name: 0}
-    matches = [
-        Match(
-            head.name,
-            head,
-            teachers[by_name[head.name]],
-            index,
-            by_name[head.name],
-            weights.get(head.name, 1.0),
-        )
-        for index, head in enumerate(students)
-        if head.name in by_name
-    ]
+        by_place = True
+    matches = []
+    for index, head in enumerate(students):
+        if by_place or head.name in names:
+            other = index if by_place else names.index(head.name)
+            weight = weights.get(head.name, 1.0)
+            matches.append(
+                Match(head.name, head, teachers[other], index, other, weight)
+            )
     if not matches:
         raise ValueError(
             "Student and teacher have no output in common. Student: "

@@ -212,3 +212,17 @@ def test_outputs_in_a_dict_that_keeps_its_order():
     found = distiller.evaluate(x, labels, verbose=0, return_dict=True)
     expected = sum(float(tiny.SPARSE(labels[n], student(x)[n])) for n in "za")
     assert found["hard_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_head_that_is_called_twice_is_matched_by_place():
+    def network():
+        inputs = [keras.Input((tiny.FEATURES,)) for _ in range(2)]
+        head = keras.layers.Dense(tiny.CLASSES, name="head")
+        return keras.Model(inputs, [head(one) for one in inputs])
+
+    student, teacher = network(), network()
+    teacher.set_weights(student.get_weights())
+    x, _ = tiny.data()
+    distiller = tiny.compiled(kd.Distiller(student, teacher), loss=None)
+    logs = tiny.history(distiller, (x, -x))
+    assert logs["soft_loss"][0] == pytest.approx(0, abs=1e-6)

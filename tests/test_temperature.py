@@ -237,7 +237,7 @@ def test_a_cache_of_some_temperatures_is_refused(tmp_path):
         ({"low": 4.0, "high": 4.0}, "`high` must be above `low`"),
         ({"initial": 30.0}, "`initial` must be between 1.0 and 21.0"),
         ({"strength": 0.0}, "`strength` must be above 0"),
-        ({"ramp_up": -1}, "`ramp_up` must be at least 0"),
+        ({"ramp_up": -1}, "`ramp_up` must be finite and at least 0"),
     ],
 )
 def test_bad_arguments(arguments, message):

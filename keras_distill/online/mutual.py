@@ -165,14 +165,14 @@ class MutualLearning(BaseDistiller):
                     found.append(tapes[i].gradient(to_minimise, variables))
                 gradients += _summed(found)
                 last = len(gradients) == len(self.networks)
-                ok, statistics_ok = self._verdict(gradients, share, log=last)
+                verdict = self._verdict(gradients, share, log=last)
                 for i in turn:
                     own = self.networks[i].trainable_variables
-                    self._apply([gradients[i]], own, ok, self.optimizers[i])
+                    self._apply([gradients[i]], own, verdict, self.optimizers[i])
                     if not last:
                         heard[i] = _once_more(self.networks[i], x)
             self._log_total(losses)
-            restore(saved, ok, self._statistics(), statistics_ok)
+            restore(saved, verdict, self._statistics())
             self._logs.update("steps", 1.0, 1.0)
             return self._step_results(share)
 

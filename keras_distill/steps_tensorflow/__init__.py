@@ -35,9 +35,9 @@ class Steps(Gradients, Discarding, Running):
                 for group in groups
             ]
             self._log_gradient_shares(tape, losses)
-            ok, statistics_ok = self._verdict(gradients, share)
-            self._apply(gradients, variables, ok)
-            restore(saved, ok, self._statistics(), statistics_ok)
+            verdict = self._verdict(gradients, share)
+            self._apply(gradients, variables, verdict)
+            restore(saved, verdict, self._statistics())
             self._logs.update("steps", 1.0, 1.0)
             return self._step_results(share)
 

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_distill.distribute.replicas import all_reduce
-from keras_distill.steps_tensorflow.gradients import dense
+from keras_distill.steps_tensorflow.gradients import Verdict, dense
 from keras_distill.weighting import Share
 
 
@@ -17,23 +17,23 @@ class Discarding:
 
     def _verdict(
         self: Any, gradients: list[list[Any]], share: Share, log: bool = True
-    ) -> Any:
-        """Whether the batch counts, and whether its statistics do; None for surely."""
-        ok = None
+    ) -> Verdict:
+        """Whether the batch counts."""
+        finite = whole = None
         if self._options["skip_nonfinite"]:
             found = [dense(g) for group in gradients for g in group if g is not None]
-            ok = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in found])
+            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in found])
             if log:
-                self._logs.update("skipped", tf.where(ok, 0.0, 1.0), 1.0)
+                self._logs.update("skipped", tf.where(finite, 0.0, 1.0), 1.0)
         if share.replicas == 1:
-            return ok, ok
+            return Verdict(finite, None, finite)
         empty = all_reduce(tf.cast(tf.equal(share.rows, 0), tf.float32))
         full = tf.equal(empty, 0)
         if self._drops_ragged(share):
             if log:
                 self._logs.update("dropped", 1.0, tf.where(full, 0.0, share.rows))
-            ok = full if ok is None else tf.logical_and(ok, full)
-        return ok, (full if ok is None else tf.logical_and(ok, full))
+            whole = full
+        return Verdict(_both(finite, whole), whole, _both(finite, full))
 
     def _drops_ragged(self: Any, share: Share) -> bool:
         """With synchronized statistics a padding row would reach every replica."""
@@ -77,9 +77,15 @@ class Discarding:
         return [v for layer in layers for v in layer.non_trainable_variables]
 
 
-def restore(saved: Any, ok: Any, statistics: list[Any], statistics_ok: Any) -> None:
+def _both(one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return other if one is None else one
+    return tf.logical_and(one, other)
+
+
+def restore(saved: Any, verdict: Verdict, statistics: list[Any]) -> None:
     """Puts back what a batch that does not count has changed."""
     spoiled = {id(variable) for variable in statistics}
     for variable, before in saved:
-        good = statistics_ok if id(variable) in spoiled else ok
+        good = verdict.statistics if id(variable) in spoiled else verdict.weights
         variable.assign(tf.where(good, variable.value, before))

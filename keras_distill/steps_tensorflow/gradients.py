@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -15,6 +15,21 @@ from keras_distill.distribute.updates import (
 )
 from keras_distill.heads import two_rows
 from keras_distill.taps import children, reading, run_with_taps
+
+
+class Verdict(NamedTuple):
+    """What a batch may change: booleans, None for surely.
+
+    Attributes:
+        weights: Whether weights are updated.
+        whole: The same without regard to what is not finite, to which a
+            LossScaleOptimizer sees itself.
+        statistics: Whether moving statistics move.
+    """
+
+    weights: Any
+    whole: Any
+    statistics: Any
 
 
 class Gradients:
@@ -58,7 +73,7 @@ class Gradients:
         self: Any,
         groups: list[list[Any]],
         variables: list[Any],
-        ok: Any,
+        verdict: Verdict,
         optimizer: Any = None,
     ) -> None:
         optimizer = optimizer or self.optimizer
@@ -78,8 +93,9 @@ class Gradients:
             gradients = [
                 None if g is None else g * tf.cast(scale, g.dtype) for g in gradients
             ]
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            ok = None  # it skips such batches itself, and lowers its scale
+        # It skips what is not finite itself, and lowers its scale.
+        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        ok = verdict.whole if scales else verdict.weights
         apply_gradients(optimizer, gradients, variables, ok)
 
     def _combined(

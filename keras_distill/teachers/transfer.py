@@ -83,7 +83,9 @@ class Selection:
         if not is_batched(dataset):
 
             def is_wanted(*arguments: Any) -> Any:
-                one = tf.nest.map_structure(lambda leaf: leaf[None], arguments)
+                one = tf.nest.map_structure(
+                    lambda leaf: None if leaf is None else leaf[None], arguments
+                )
                 return verdicts(element_of(one))[0]
 
             return dataset.filter(is_wanted)
@@ -91,7 +93,8 @@ class Selection:
         def rest(*arguments: Any) -> Any:
             mask = verdicts(element_of(arguments))
             return tf.nest.map_structure(
-                lambda leaf: tf.boolean_mask(leaf, mask), element_of(arguments)
+                lambda leaf: None if leaf is None else tf.boolean_mask(leaf, mask),
+                element_of(arguments),
             )
 
         def is_there(*element: Any) -> Any:

@@ -452,3 +452,17 @@ def test_reductions_that_are_no_means_are_refused(strategy):
         soft = kd.losses.SoftTarget(reduction="sum")
         with pytest.raises(ValueError, match="reduction='sum' is not supported"):
             kd.Distiller(tiny.mlp(), tiny.mlp(), soft_loss=soft).compile("sgd")
+
+
+def test_a_batch_that_is_dropped_changes_nothing_in_16_bits(strategy):
+    with strategy.scope():
+        inputs = keras.Input((tiny.FEATURES,))
+        x = layers.Dense(4, dtype="mixed_float16")(inputs)
+        x = layers.BatchNormalization(synchronized=True)(x)
+        made = kd.BaseDistiller(keras.Model(inputs, layers.Dense(tiny.CLASSES)(x)))
+        sgd = keras.optimizers.SGD(0.1)
+        made.compile(keras.optimizers.LossScaleOptimizer(sgd, 2.0), tiny.SPARSE)
+    before = tiny.values(made.student.weights)
+    with pytest.warns(UserWarning, match="1 rows of epoch 0 were dropped"):
+        made.fit(rows(1), verbose=0)
+    assert tiny.same(before, tiny.values(made.student.weights))

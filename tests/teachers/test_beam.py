@@ -44,7 +44,7 @@ def test_it_builds_what_one_machine_builds(tmp_path):
 
 def test_without_beam(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(ImportError, match=r"keras-distill\[beam\]"):
+    with pytest.raises(ImportError, match=r"extra `beam`"):
         build_cache(tiny.teacher, rows, "cache", 2)
 
 

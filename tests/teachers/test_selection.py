@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tiny
 
 import keras_distill as kd
 from keras_distill.teachers import Selection, cut, select_transfer_set
@@ -258,3 +259,15 @@ def test_few_rows():
     x, _ = clusters()
     assert select_transfer_set(teacher(), x[:1]).keep.tolist() == [True]
     assert select_transfer_set(teacher(), x[[0, 3, 6]]).keep.all()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_rows_with_none_for_labels_are_filtered(batched):
+    teacher = tiny.teacher()
+    x, _ = tiny.data()
+    data = tf.data.Dataset.from_tensor_slices(x).map(lambda row: (row, None))
+    data = data.batch(8) if batched else data
+    chosen = select_transfer_set(teacher, data, method="confidence", threshold=0.9)
+    found = [row for row, _ in chosen.filter(data)]
+    found = np.concatenate(found) if batched else np.stack(found)
+    np.testing.assert_array_equal(found, x[chosen.keep])
