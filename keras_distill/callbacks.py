@@ -301,7 +301,7 @@ def _scalars(callback: keras.callbacks.Callback) -> dict[str, Any]:
     only numbers are: texts and flags say where and how they write at the moment.
     """
     state = {}
-    kinds = (int, float) if _is_kerass(callback) else (int, float, bool, str)
+    kinds = (int, float) if _of_keras(callback) else (int, float, bool, str)
     told = inspect.signature(type(callback)).parameters
     for name, value in vars(callback).items():
         if name in told:
@@ -313,7 +313,7 @@ def _scalars(callback: keras.callbacks.Callback) -> dict[str, Any]:
     return state
 
 
-def _is_kerass(callback: keras.callbacks.Callback) -> bool:
+def _of_keras(callback: keras.callbacks.Callback) -> bool:
     return type(callback).__module__.partition(".")[0] == "keras"
 
 

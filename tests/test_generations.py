@@ -14,7 +14,7 @@ from losses import golden as vectors
 
 from keras_distill import generations
 from keras_distill.averaging import AveragedModels
-from keras_distill.generations.methods import _joined
+from keras_distill.generations.methods import _joined, _none
 
 OPTIONS = {
     "optimizer": keras.optimizers.Adam(0.01),
@@ -243,6 +243,8 @@ def test_noisy_student_refuses_what_cannot_be_missing():
             build, {"loss": loss}, data, unlabelled=x, epochs=1
         )
 
+    assert _none({"loss": "crossentropy"}, (x, y)) == -1
+    assert _none({"loss": "crossentropy"}, (x, np.eye(3)[y])) == 0
     with pytest.raises(ValueError, match="need a loss over classes"):
         run((x, y), "binary_crossentropy")
     with pytest.raises(ValueError, match="labels of one output"):

@@ -399,7 +399,8 @@ def _none(compile_args: Any, data: Any) -> int:
         return -1  # the chain refuses them
     kind = label_kind(arguments.get("loss"))
     if kind == "crossentropy":  # Keras decides by the shapes
-        kind = "sparse" if pair[1].shape[-1] in (1, None) else "categorical"
+        one = len(pair[1].shape) == 1 or pair[1].shape[-1] == 1
+        kind = "sparse" if one else "categorical"
     if kind is None:
         raise ValueError(
             "`compile_args`: rows without a label need a loss over classes, such as "
