@@ -359,15 +359,9 @@ class Distiller(SoftTerm, Remembering, BaseDistiller):
             )
         if self._soft_loss is not None:
             self._check_teacher(teacher)
+            # Its outputs may be of another kind.
+            self._matches = self._match_outputs(teacher)
         self.__dict__["_teacher"] = teacher
-        if self._soft_loss is not None:  # its outputs may be of another kind
-            try:
-                self._matches = self._match_outputs(
-                    isinstance(self._soft_loss, DistillationLoss)
-                )
-            except ValueError:
-                self.__dict__["_teacher"] = old
-                raise
         self.train_function = None
 
     def describe_term(self, name: str) -> dict[str, str]:

@@ -40,7 +40,7 @@ class SoftTerm:
         beta = 0.9 if beta is None else beta
         check_weight("beta", beta)
         self.add_term("soft", beta)
-        self._matches = self._match_outputs(compares_logits)
+        self._matches = self._match_outputs(self.teacher)
         self._check_teacher(self.teacher)
         if compares_logits:
             for match in self._matches:
@@ -76,7 +76,8 @@ class SoftTerm:
         else:
             teacher.check_temperature(number(self._temperature))
 
-    def _match_outputs(self: Any, logits: bool) -> list[Match]:
+    def _match_outputs(self: Any, teacher: Teacher) -> list[Match]:
+        logits = isinstance(self._soft_loss, DistillationLoss)
         flat = keras.tree.flatten(self._symbolic_outputs)
         if logits:
             students = find_heads(
@@ -86,13 +87,13 @@ class SoftTerm:
                 "student_from_logits",
                 lambda: call_model(self.student, two_rows(self._student_spec), False),
             )
-            teachers = self.teacher.heads()
+            teachers = teacher.heads()
         else:
             students = [
                 Head(name, (None, *tuple(output.shape)[1:]))
                 for name, output in zip(self._names, flat, strict=True)
             ]
-            teachers = Teacher.heads(self.teacher)
+            teachers = Teacher.heads(teacher)
         matches = match_heads(students, teachers, self.output_weights)
         for match in matches:
             check_match(match, self._soft_loss, logits)

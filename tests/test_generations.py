@@ -14,7 +14,7 @@ from losses import golden as vectors
 
 from keras_distill import generations
 from keras_distill.averaging import AveragedModels
-from keras_distill.generations.methods import _joined, _none
+from keras_distill.generations.joining import joined, missing_label
 
 OPTIONS = {
     "optimizer": keras.optimizers.Adam(0.01),
@@ -185,18 +185,18 @@ def test_teacher_assistants_go_from_size_to_size():
 
 @pytest.mark.parametrize("one_hot", [False, True])
 @pytest.mark.parametrize("arrays", [True, False])
-def test_unlabelled_rows_are_joined(arrays, one_hot):
+def test_unlabelled_rows_arejoined(arrays, one_hot):
     x, y = tiny.data(6)
     y = np.eye(tiny.CLASSES, dtype="float32")[y] if one_hot else y
     more, none = tiny.data(9, seed=1)[0], 0 if one_hot else -1
     if arrays:
-        both, labels = _joined((x, y), more, none)
+        both, labels = joined((x, y), more, none)
         assert len(both) == len(labels) == 15
         np.testing.assert_array_equal(both[6:], more)
     else:
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
         unlabelled = tf.data.Dataset.from_tensor_slices(more).batch(2)
-        batches = list(_joined(data, unlabelled, none).as_numpy_iterator())
+        batches = list(joined(data, unlabelled, none).as_numpy_iterator())
         assert [len(batch[0]) for batch in batches] == [4, 4, 4, 4, 3]
         labels = np.concatenate([batch[1][:2] for batch in batches[:3]])
         np.testing.assert_array_equal(labels, y)
@@ -243,8 +243,8 @@ def test_noisy_student_refuses_what_cannot_be_missing():
             build, {"loss": loss}, data, unlabelled=x, epochs=1
         )
 
-    assert _none({"loss": "crossentropy"}, (x, y)) == -1
-    assert _none({"loss": "crossentropy"}, (x, np.eye(3)[y])) == 0
+    assert missing_label({"loss": "crossentropy"}, (x, y)) == -1
+    assert missing_label({"loss": "crossentropy"}, (x, np.eye(3)[y])) == 0
     with pytest.raises(ValueError, match="need a loss over classes"):
         run((x, y), "binary_crossentropy")
     with pytest.raises(ValueError, match="labels of one output"):
