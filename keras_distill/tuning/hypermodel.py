@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import inspect
 import os
 import weakref
@@ -13,7 +12,6 @@ from typing import Any
 
 import keras
 import keras_tuner
-import numpy as np
 import tensorflow as tf
 from keras_tuner.errors import FailedTrialError, FatalValueError
 
@@ -21,13 +19,13 @@ from keras_distill.distiller import Distiller
 from keras_distill.losses.base import number
 from keras_distill.teachers.cache import Cache
 from keras_distill.teachers.ensemble import as_teacher
+from keras_distill.tuning.caches import Caches
 from keras_distill.tuning.folder import check_folder
 from keras_distill.tuning.objectives import check_objective
 from keras_distill.tuning.spaces import Choice, Numbers
 
 _TEMPERATURE, _BETA = (1, 20), (0, 1)
 _FIT = tuple(inspect.signature(keras.Model.fit).parameters)[1:]  # names, in order
-_Asked = tuple[tuple[str, ...], tuple[float, ...]]  # taps, temperatures
 
 
 class DistillationHyperModel(keras_tuner.HyperModel):
@@ -127,9 +125,9 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         self.distiller = distiller
         self._check_effects(temperature, beta)
         self._last_student: Any = None
-        self._opened: dict[_Asked, Cache] = {}
-        # Arrays, and what each cache says of them.
-        self._known: tuple[Any, dict[_Asked, Any]] = (None, {})
+        self._caches = None
+        if cache is not None:
+            self._caches = Caches(self.teacher, cache, several=callable(links))
         self._checked: tuple[str, bool] | None = None
         self._identity: dict[str, Any] = {}
 
@@ -208,9 +206,9 @@ class DistillationHyperModel(keras_tuner.HyperModel):
                     self.check_folder(tuner, write=True)
                 except ValueError as error:
                     raise FatalValueError(str(error)) from error
-        if self.cache is not None:
+        if self._caches is not None:
             try:
-                given = self._with_cache(model, given, self.cache)
+                given = self._caches.carried(model, given)
             except (OSError, TypeError, ValueError) as error:
                 raise FatalValueError(f"The teacher's cache: {error}") from error
         self._check_objective(model, given)
@@ -299,59 +297,6 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         if isinstance(given, keras.optimizers.Optimizer):
             return type(given).from_config(given.get_config())
         return _call(given, hp) if callable(given) else given
-
-    # -- the cache ------------------------------------------------------------------
-
-    def _with_cache(
-        self, model: Any, given: dict[str, Any], path: str | os.PathLike[str]
-    ) -> dict[str, Any]:
-        """The same call of `fit` on data that carry the teacher's knowledge."""
-        given = dict(given)
-        if given.pop("validation_split", 0):
-            raise ValueError("`validation_split` cannot be used: give validation_data.")
-        batch_size = given.pop("batch_size", None) or 32
-        given.setdefault("validation_batch_size", batch_size)
-        x = given["x"]
-        streamed = isinstance(x, tf.data.Dataset)
-        rows = x if streamed else tf.data.Dataset.from_tensor_slices((x,))
-        asked = self._asked(model)
-        if asked not in self._opened:
-            self._opened[asked] = self._build_cache(rows, path, asked)
-        cache = model.teacher = self._opened[asked]
-        if streamed:
-            attached = cache.attach(rows).batch(batch_size)
-            return given | {"x": attached.prefetch(tf.data.AUTOTUNE)}
-        if self._known[0] is not x:
-            self._known = x, {}
-        known = self._known[1]
-        if asked not in known:
-            known[asked] = _knowledge(cache.attach(rows))
-        carried = {"inputs": x, "kd_teacher": known[asked]}
-        return given | {"x": carried, "batch_size": batch_size}
-
-    def _asked(self, model: Any) -> _Asked:
-        """What a trial asks its teacher for: taps, and a temperature if it matters."""
-        matters = self.teacher.one_temperature
-        at = (number(model._teacher_temperature),) if matters else ()
-        return tuple(sorted(model._teacher_taps)), at
-
-    def _build_cache(
-        self, rows: Any, path: str | os.PathLike[str], asked: _Asked
-    ) -> Cache:
-        """The cache of what is asked; trials that ask for other things get others."""
-        taps, temperatures = asked
-        if callable(self.links) or temperatures:
-            name = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
-            path = os.path.join(path, name)
-        return Cache.build(
-            self.teacher, rows, path, taps=taps, temperatures=temperatures
-        )
-
-
-def _knowledge(attached: tf.data.Dataset) -> Any:
-    """What a teacher says of all rows, as arrays."""
-    chunks = [x["kd_teacher"] for (x,) in attached.batch(1024).as_numpy_iterator()]
-    return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *chunks)
 
 
 def _check_links(links: Any) -> None:
