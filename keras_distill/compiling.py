@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 
+from keras_distill.valid_metrics import ValidMetrics
+
 
 class Compiling:
     """Mixed into the distillers: how they are compiled, and how that is stored."""
@@ -94,6 +96,10 @@ class Compiling:
             jit_compile=False if check_finite else jit_compile,
             auto_scale_loss=auto_scale_loss,
         )
+        if metrics is not None or weighted_metrics is not None:
+            self._compile_metrics = ValidMetrics(
+                metrics, weighted_metrics, output_names=self.output_names
+            )
         if log_gradient_share:
             for term in self._terms:
                 if f"{term}_gradient_share" not in self._logs:

@@ -71,6 +71,11 @@ def test_labelled_and_unlabelled_fits_in_any_order(run_eagerly):
     assert "hard_loss" in tiny.history(distiller, x, y)
 
 
+def iou(name="iou"):
+    """A metric that reads no masks."""
+    return keras.metrics.MeanIoU(tiny.CLASSES, sparse_y_pred=False, name=name)
+
+
 # -- some labels -----------------------------------------------------------------------
 
 
@@ -81,8 +86,8 @@ def test_unlabelled_rows_leave_the_hard_mean_and_the_metrics(shape, run_eagerly)
     x, y = tiny.data(16)
     distiller = frozen(
         compile_args={
-            "metrics": ["accuracy"],
-            "weighted_metrics": ["accuracy"],
+            "metrics": ["accuracy", iou()],
+            "weighted_metrics": ["accuracy", iou(name="weighted_iou")],
             "run_eagerly": run_eagerly,
         }
     )
@@ -94,7 +99,7 @@ def test_unlabelled_rows_leave_the_hard_mean_and_the_metrics(shape, run_eagerly)
     logs = only(tiny.history(distiller, x, some, batch_size=16))
     alone = only(tiny.history(distiller, x[kept], y[kept], batch_size=16))
     every = only(tiny.history(distiller, x, y, batch_size=16))
-    for name in ("hard_loss", "accuracy", "weighted_accuracy"):
+    for name in ("hard_loss", "accuracy", "weighted_accuracy", "iou", "weighted_iou"):
         assert logs[name] == pytest.approx(alone[name], rel=1e-5), name
     for name in ("soft_loss", "agreement"):
         assert logs[name] == pytest.approx(every[name], rel=1e-5), name

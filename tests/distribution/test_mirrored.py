@@ -47,11 +47,22 @@ def distiller(student=None, **kwargs):
     return kd.Distiller(student or tiny.mlp(), tiny.teacher(), **kwargs)
 
 
-def run(make, data, eager, clip=None, validate=False, **kwargs):
+class CountedRows(keras.metrics.Sum):
+    """A metric that reads weights, but no masks."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        super().update_state(keras.ops.ones(keras.ops.shape(y_true)), sample_weight)
+
+
+def accuracy():
+    return ["accuracy"]
+
+
+def run(make, data, eager, clip=None, validate=False, make_metrics=accuracy, **kwargs):
     keras.utils.set_random_seed(0)
     made = make()
     sgd = keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=clip)
-    options = {"loss": tiny.SPARSE, "metrics": ["accuracy"], "run_eagerly": eager}
+    options = {"loss": tiny.SPARSE, "metrics": make_metrics(), "run_eagerly": eager}
     made.compile(sgd, **options | kwargs)
     validation = data.skip(len(data) - 2) if validate else None
     return made, made.fit(data, verbose=0, validation_data=validation).history
@@ -93,15 +104,14 @@ def test_weights_missing_labels_and_clipping(strategy):
         return distiller(keras.Model(model.input, outputs))
 
     data = rows(3 * BATCH + 5, missing=range(24, 32), weights=True)
-    loss = "sparse_categorical_crossentropy"
-    weighted = ["accuracy"]
+
     check_equal(
         strategy,
         make,
         data,
-        loss=loss,
+        loss="sparse_categorical_crossentropy",
         clip=0.1,
-        weighted_metrics=weighted,
+        weighted_metrics=["accuracy"],
         validate=True,
     )
 
@@ -113,7 +123,8 @@ def test_a_replica_without_rows(strategy):
         link = kd.Link("block1", "block1", "mse", adapter="auto")
         return kd.Distiller(cnn(4), cnn(6), links=[link])
 
-    check_equal(strategy, make, images(2 * BATCH + 1))
+    data = images(2 * BATCH + 1)
+    check_equal(strategy, make, data, make_metrics=lambda: ["accuracy", CountedRows()])
 
 
 def test_losses_of_every_kind(strategy):
@@ -440,7 +451,7 @@ def test_masked_students_and_two_outputs_with_a_link(strategy):
     x = generator.integers(0, 20, (2 * BATCH, 6)).astype("int32")
     y = generator.integers(0, tiny.CLASSES, 2 * BATCH)
     data = tf.data.Dataset.from_tensor_slices((x, (y, y))).batch(BATCH)
-    check_equal(strategy, make, data, metrics=None)
+    check_equal(strategy, make, data, make_metrics=lambda: None)
 
 
 def test_reductions_that_are_no_means_are_refused(strategy):
