@@ -23,8 +23,9 @@ help:
 quickstart: .venv/.installed-examples
 	$(PYTHON) examples/quickstart.py $(ARGS)
 
+# In the order of the files: the last ones are short, so that no process waits long.
 test: .venv/.installed-test
-	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.installed-test
 	$(PYTHON) -m ruff check .

@@ -15,6 +15,7 @@ from keras_distill.heads import Head
 from keras_distill.inputs import plain_inputs
 from keras_distill.teachers.base import Teacher
 from keras_distill.teachers.store.rows import as_tuple, content_keys
+from keras_distill.weighting import full
 
 BATCH = 128
 NO_LABEL = -1
@@ -26,13 +27,15 @@ class Reading:
 
     Attributes:
         logits: Float32 `(N, ..., C)`.
-        features: Float32 `(N, D)`, the mean over positions of what was read at the
-            embedding; without one the logits, around their mean in each row.
-        labels: Integers `(N,)`, -1 where there is none.
+        valid: Booleans `(N, ...)`, false at positions that the outputs' mask hides.
+        features: Float32 `(N, D)`, the mean over valid positions of what was read at
+            the embedding; without one the logits, around their mean in each row.
+        labels: Integers `(N,)`, -1 where there is none or none was asked for.
         keys: int64 `(N,)`, a hash of the inputs.
     """
 
     logits: np.ndarray
+    valid: np.ndarray
     features: np.ndarray
     labels: np.ndarray
     keys: np.ndarray
@@ -89,7 +92,11 @@ def class_head(teacher: Teacher) -> Head:
 
 
 def reader(
-    teacher: Teacher, dataset: tf.data.Dataset, embedding: str | None = None
+    teacher: Teacher,
+    dataset: tf.data.Dataset,
+    embedding: str | None = None,
+    *,
+    labels: bool = True,
 ) -> Callable[[float], Reading]:
     """A function that runs the teacher once over the data.
 
@@ -97,6 +104,7 @@ def reader(
         teacher: With one output.
         dataset: Rows or batches.
         embedding: Path of the features to read.
+        labels: Whether labels are read, which must be one per row then.
 
     Returns:
         A function of the temperature at which the outputs will be used. It raises
@@ -106,15 +114,15 @@ def reader(
     taps = [] if embedding is None else [embedding]
 
     @tf.function(reduce_retracing=True, autograph=False)
-    def run(x: Any, temperature: Any) -> tuple[Any, Any, Any]:
+    def run(x: Any, temperature: Any) -> tuple[Any, ...]:
         outputs, found = teacher(x, taps, temperature)
-        logits = ops.cast(head.logits(keras.tree.flatten(outputs)[0]), "float32")
+        output = keras.tree.flatten(outputs)[0]
+        logits = ops.cast(head.logits(output), "float32")
         features = logits - ops.mean(logits, -1, keepdims=True)
         if taps:
-            features = ops.cast(found[taps[0]], "float32")
-            if len(features.shape) > 2:
-                features = ops.mean(features, tuple(range(1, len(features.shape) - 1)))
-        return logits, features, content_keys(plain_inputs(x))
+            features = _mean_over_positions(found[taps[0]])
+        keys = content_keys(plain_inputs(x))
+        return logits, _valid(output) > 0, features, keys
 
     def read(temperature: float) -> Reading:
         teacher.check_temperature(temperature)
@@ -122,8 +130,9 @@ def reader(
         for element in in_batches(dataset):
             x, *rest = as_tuple(element)
             values = run(x, tf.constant(temperature, "float32"))
-            logits, features, keys = (np.asarray(value) for value in values)
-            parts.append((logits, features, _labels(rest, len(keys)), keys))
+            *found, keys = (np.asarray(value) for value in values)
+            own = _labels(rest if labels else [], len(keys))
+            parts.append((*found, own, keys))
         if not parts:
             raise ValueError("`data` has no rows.")
         reading = Reading(*(np.concatenate(part) for part in zip(*parts, strict=True)))
@@ -133,6 +142,20 @@ def reader(
         return reading
 
     return read
+
+
+def _valid(tensor: Any) -> Any:
+    """Float32 of the tensor's shape without the last axis: 1, and 0 under its mask."""
+    ones = ops.ones_like(tensor[..., 0], dtype="float32")
+    mask = getattr(tensor, "_keras_mask", None)
+    return ones if mask is None else full(ops.cast(mask, "float32"), ones)
+
+
+def _mean_over_positions(features: Any) -> Any:
+    axes = tuple(range(1, len(features.shape) - 1))
+    weights = _valid(features)[..., None]
+    total = ops.sum(ops.cast(features, "float32") * weights, axes)
+    return ops.divide_no_nan(total, ops.sum(weights, axes))
 
 
 def _labels(rest: list[Any], rows: int) -> np.ndarray:

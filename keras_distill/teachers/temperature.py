@@ -35,9 +35,10 @@ def suggest_temperature(
     said of the others is large enough to be learned from.
 
     Args:
-        teacher: Any teacher with one output of class scores, of any rank.
+        teacher: Any teacher with one output of class scores, of any rank. Positions
+            that its mask hides do not count.
         data: As for `select_transfer_set`: arrays or a `tf.data.Dataset`. A few
-            thousand rows are enough.
+            thousand rows are enough, and labels are not needed.
         perplexity: Between 1 and the number of classes, both excluded.
         plot: Of an image of the entropy over T. Its ending says the format.
 
@@ -86,11 +87,16 @@ def suggest_temperature(
 
 def _entropy_of(teacher: Teacher, data: Any) -> Callable[[float], float]:
     """The mean entropy of the targets as a function of the temperature."""
-    read = reader(teacher, dataset_of(data))
+    read = reader(teacher, dataset_of(data), labels=False)
+
+    def logits(temperature: float) -> np.ndarray:
+        reading = read(temperature)
+        return reading.logits[reading.valid]
+
     if teacher.one_temperature:
-        return lambda t: mean_entropy(read(t).logits, t)
-    logits = read(1.0).logits
-    return lambda t: mean_entropy(logits, t)
+        return lambda t: mean_entropy(logits(t), t)
+    known = logits(1.0)
+    return lambda t: mean_entropy(known, t)
 
 
 def mean_entropy(logits: np.ndarray, temperature: float) -> float:

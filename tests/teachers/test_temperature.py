@@ -36,6 +36,17 @@ def test_the_form_of_the_data_does_not_matter():
     assert suggest_temperature(teacher, rows.batch(7)) == pytest.approx(expected, 1e-5)
 
 
+def test_padding_and_labels_of_positions_do_not_matter():
+    inputs = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(9, 4, mask_zero=True, embeddings_initializer="normal")
+    teacher = keras.Model(inputs, keras.layers.Dense(3)(x(inputs)))
+    words = np.random.default_rng(0).integers(1, 9, (6, 5))
+    words[:, 3:] = 0
+    expected = suggest_temperature(teacher, words[:, :3])
+    found = suggest_temperature(teacher, (words, np.zeros((6, 5), "int64")))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_an_arithmetic_ensemble_is_asked_at_each_temperature():
     models, (x, _) = [tiny.teacher(), tiny.mlp()], tiny.data()
     temperature = suggest_temperature(models, x, 2.0)
