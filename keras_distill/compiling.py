@@ -97,8 +97,9 @@ class Compiling:
             auto_scale_loss=auto_scale_loss,
         )
         if metrics is not None or weighted_metrics is not None:
+            names = getattr(self, "output_names", None)  # a Sequential has none
             self._compile_metrics = ValidMetrics(
-                metrics, weighted_metrics, output_names=self.output_names
+                metrics, weighted_metrics, output_names=names
             )
         if log_gradient_share:
             for term in self._terms:

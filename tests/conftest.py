@@ -17,6 +17,7 @@ os.environ.setdefault(
 import keras
 import pytest
 import tensorflow as tf
+from tensorflow.python import pywrap_tfe
 
 collect_ignore = ["tuning_workers.py"]  # a script
 
@@ -26,6 +27,10 @@ tf.config.set_logical_device_configuration(
     [tf.config.LogicalDeviceConfiguration()] * 2,
 )
 tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+# Every new seed makes TensorFlow forget the kernels of all operations, so that each
+# test would make them anew: a quarter of its time. Keras's random numbers have seeds
+# of their own, which do not need that.
+pywrap_tfe.TFE_ContextClearCaches = lambda context: None
 
 
 @pytest.fixture(autouse=True)
