@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def verdicts(result: dict[str, Any]) -> str:
     Of fewer than three seeds nothing is said.
     """
     rows = []
-    for name, line in result["summary"].items():
+    for name, line in summary_lines(result["summary"]):
         gain, interval = line.get("difference"), line.get("± (95 %)")
         if gain is None or interval is None or line["seeds"] < 3:
             continue
@@ -174,6 +175,15 @@ def verdicts(result: dict[str, Any]) -> str:
         return ""
     columns = ["", "difference", "95 %", "verdict", "cost of a step"]
     return table(columns[: max(map(len, rows))], rows)
+
+
+def summary_lines(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a summary that is one table, or several tables by title."""
+    for name, value in summary.items():
+        if isinstance(value, dict) and is_table(value):
+            yield from value.items()
+        elif isinstance(value, dict):
+            yield name, value
 
 
 if __name__ == "__main__":

@@ -98,3 +98,25 @@ def test_the_weights_of_every_method_can_be_searched(module, tmp_path):
         weights = {k: float(v.numpy()) for k, v in distiller.term_weights.items()}
         assert max(weights.values()) > 0
     assert weights["soft"] == pytest.approx(9.0)
+
+
+def test_gains_are_paired_with_what_they_should_improve_on(module):
+    hinton = module("hinton_mnist")
+    errors = {
+        "labels": (140, 150),
+        "soft": (80, 100),
+        "2 x 30, labels": (500, 500),
+        "2 x 300, labels": (200, 210),
+        "2 x 300, T = 8": (150, 160),
+    }
+    gains = hinton.gains(
+        [
+            {"run": run, "seed": seed, "errors": count}
+            for run, counts in errors.items()
+            for seed, count in enumerate(counts)
+        ]
+    )
+    assert set(gains) == {"soft", "2 x 300, T = 8"}
+    assert gains["soft"]["over"] == "labels"
+    assert gains["soft"]["difference"] == pytest.approx(0.55)
+    assert gains["2 x 300, T = 8"]["± (95 %)"] == pytest.approx(0)

@@ -415,8 +415,32 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         for name, line in means(rows, value).items():
             errors[name][value] = line[value]
     result: dict[str, Any] = {"test errors": errors}
+    if gained := gains(rows):
+        result["accuracy gained, in points"] = gained
     if closed := gaps(rows):
         result["part of the gap between labels and teacher that is closed"] = closed
+    return result
+
+
+def gains(rows: list[Row]) -> dict[str, Row]:
+    """Paired differences, each run against what it is meant to be better than."""
+    result: dict[str, Row] = {}
+    for baseline, group in {
+        "labels": ("labels", "soft", "mixed"),
+        "no 3s: as it is": ("no 3s",),
+        "only 7s and 8s: as it is": ("only 7s and 8s",),
+        "3 %, labels": ("3 %",),
+        **{f"2 x {n}, labels": (f"2 x {n},",) for n in Sizes().smaller},
+    }.items():
+        some = [
+            row | {"accuracy": 100 - row["errors"] / 100}
+            for row in rows
+            if row["run"].startswith(group)
+        ]
+        for name, line in means(some, "accuracy", baseline).items():
+            if line.get("difference") is not None:
+                kept = ("seeds", "difference", "± (95 %)")
+                result[name] = {"over": baseline} | {key: line[key] for key in kept}
     return result
 
 
