@@ -4,9 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
+import tensorflow as tf
+
 from keras_distill.links import as_list
 
 INDEX = "kd_index"
+
+
+def rows_of(data: Any) -> tf.data.Dataset:
+    """Arrays `x` or `(x, y, ...)` as a data set of single rows.
+
+    A list of arrays is several inputs, as in Keras; `tf.data` would make one array of
+    it.
+    """
+
+    def with_tuples(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: with_tuples(value) for key, value in part.items()}
+        if not isinstance(part, (list, tuple)):
+            return part
+        arrays = any(hasattr(leaf, "shape") for leaf in keras.tree.flatten(part))
+        return tuple(map(with_tuples, part)) if arrays else part
+
+    parts = with_tuples(data)
+    several = isinstance(data, list) and isinstance(parts, tuple)
+    return tf.data.Dataset.from_tensor_slices((parts,) if several else parts)
 
 
 def plain_inputs(x: Any) -> Any:

@@ -296,6 +296,21 @@ def test_a_trial_with_a_cache_learns_what_one_without_does(tmp_path):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
+def test_a_list_of_arrays_is_several_inputs(tmp_path):
+    def two(width=4):
+        inputs = [keras.Input((tiny.FEATURES,)) for _ in range(2)]
+        hidden = keras.layers.Dense(width)(keras.layers.Add()(inputs))
+        return keras.Model(inputs, keras.layers.Dense(tiny.CLASSES)(hidden))
+
+    model = hypermodel(two, two(8), cache=tmp_path)
+    made = model.build(keras_tuner.HyperParameters())
+    validation = {"validation_data": ([X, X], Y), "validation_batch_size": 12}
+    history = model.fit(None, made, [X, X], Y, verbose=0, **validation).history
+    assert np.isfinite(history["soft_loss"] + history["val_hard_loss"]).all()
+    temperature = kd.teachers.suggest_temperature(two(8), [X, X])
+    assert 0 < temperature < np.inf
+
+
 def test_each_trial_finds_the_cache_of_what_it_asks_for(tmp_path):
     def links(hp):
         layer = hp.Choice("layer", ["hidden", "logits"])

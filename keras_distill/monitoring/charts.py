@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_distill.inputs import plain_inputs, select_inputs
+from keras_distill.inputs import plain_inputs, rows_of, select_inputs
 from keras_distill.monitoring.figures import attention_figure
 from keras_distill.monitoring.views import class_accuracies, compares_logits, views_of
 from keras_distill.taps import paths_of
@@ -28,7 +28,7 @@ class Rows:
 
     def __init__(self, data: Any, count: int, batch_size: int) -> None:
         if not isinstance(data, tf.data.Dataset):
-            data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
+            data = rows_of(data).batch(batch_size)
         self._data = data
         self._count = count
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_distill.heads import Head
-from keras_distill.inputs import plain_inputs
+from keras_distill.inputs import plain_inputs, rows_of
 from keras_distill.teachers.base import Teacher
 from keras_distill.teachers.store.rows import as_tuple, content_keys
 from keras_distill.weighting import full
@@ -47,10 +47,8 @@ def dataset_of(data: Any) -> tf.data.Dataset:
     Raises:
         ValueError: If there is no row.
     """
-    if isinstance(data, tf.data.Dataset):
-        dataset = data
-    else:
-        dataset = tf.data.Dataset.from_tensor_slices(data).batch(BATCH)
+    ready = isinstance(data, tf.data.Dataset)
+    dataset = data if ready else rows_of(data).batch(BATCH)
     if dataset.cardinality() == 0:
         raise ValueError("`data` has no rows.")
     if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:

@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_distill.heads import Head
+from keras_distill.inputs import rows_of
 from keras_distill.taps import call_model
 from keras_distill.teachers.bias import add_to_bias, last_bias
 from keras_distill.teachers.specialists import Specialists
@@ -131,7 +132,7 @@ def _rows(data: Any) -> tf.data.Dataset:
                 "`data` must be a tuple (x, y) or a tf.data.Dataset of such rows. "
                 f"Received: {type(data).__name__}"
             )
-        data = tf.data.Dataset.from_tensor_slices(data)
+        data = rows_of(data)
     spec = data.element_spec
     if not isinstance(spec, tuple) or len(spec) != 2:
         raise ValueError(f"`data` must have rows (x, y). Received: {spec}")

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_distill.inputs import rows_of
 from keras_distill.losses.base import number
 from keras_distill.teachers.base import Teacher
 from keras_distill.teachers.cache import Cache
@@ -51,7 +52,7 @@ class Caches:
         given.setdefault("validation_batch_size", batch_size)
         x = given["x"]
         streamed = isinstance(x, tf.data.Dataset)
-        rows = x if streamed else tf.data.Dataset.from_tensor_slices((x,))
+        rows = x if streamed else rows_of((x,))
         asked = self._asked(model)
         if asked not in self._opened:
             self._opened[asked] = self._built(rows, asked)

@@ -16,6 +16,7 @@ import tensorflow as tf
 from keras_tuner.errors import FailedTrialError, FatalValueError
 
 from keras_distill.distiller import Distiller
+from keras_distill.inputs import rows_of
 from keras_distill.losses.base import number
 from keras_distill.teachers.cache import Cache
 from keras_distill.teachers.ensemble import as_teacher
@@ -355,4 +356,4 @@ def _some_rows(given: dict[str, Any]) -> tf.data.Dataset | None:
         return None
     count = given.get("validation_batch_size") or given.get("batch_size") or 32
     some = keras.tree.map_structure(lambda leaf: leaf[:count], data)
-    return tf.data.Dataset.from_tensor_slices(some).batch(count)
+    return rows_of(some).batch(count)
