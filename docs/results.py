@@ -169,6 +169,8 @@ def verdicts(result: dict[str, Any]) -> str:
         if abs(gain) > interval:
             verdict = "better" if gain > 0 else "worse"
         cost = line.get("times the plain step")
+        if "over" in line:
+            name = f"{name} (against: {line['over']})"
         row = [name, f"{gain:+.2f}", f"± {interval:.2f}", verdict]
         rows.append(row + ([f"{cost:.1f}"] if cost else []))
     if not rows:

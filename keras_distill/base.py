@@ -391,7 +391,9 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         return results | self._logs.results(filter(self._logs.ran, self._logs.names))
 
     def _get_metrics_result_or_logs(self, logs: Any) -> dict[str, Any]:
-        return self.get_metrics_result()
+        # Before 3.13 Keras expects plain numbers here.
+        results = self.get_metrics_result()
+        return {k: number(v) if _is_scalar(v) else v for k, v in results.items()}
 
     def _compiled_results(self) -> dict[str, Any]:
         results: dict[str, Any] = {}
@@ -448,3 +450,7 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
                 for key, value in config.items()
             }
         )
+
+
+def _is_scalar(value: Any) -> bool:
+    return getattr(value, "shape", None) == ()

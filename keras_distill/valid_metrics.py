@@ -21,22 +21,17 @@ class ValidMetrics(CompileMetrics):
         if not self.built:
             self.build(y_true, y_pred)
         labels, outputs = self._flatten_y(y_true), self._flatten_y(y_pred)
-        if sample_weight is None:
-            weights = [None] * len(outputs)
-        else:
-            weights = self._flatten_y(sample_weight)
-        for plain, weighted, y, output, weight in zip(
-            self._flat_metrics,
-            self._flat_weighted_metrics,
-            labels,
-            outputs,
-            weights,
-            strict=True,
+        none = [None] * len(outputs)
+        weights = none if sample_weight is None else self._flatten_y(sample_weight)
+        for lists, own_weights in (
+            (self._flat_metrics, none),
+            (self._flat_weighted_metrics, weights),
         ):
-            for metric in plain.metrics if plain else ():
-                _update(metric, y, output, None)
-            for metric in weighted.metrics if weighted else ():
-                _update(metric, y, output, weight)
+            # Where only one kind of metrics was given, the other list may be empty.
+            parts = zip(lists, labels, outputs, own_weights, strict=False)
+            for found, y, output, weight in parts:
+                for metric in found.metrics if found else ():
+                    _update(metric, y, output, weight)
 
 
 def _update(metric: keras.metrics.Metric, y: Any, output: Any, weight: Any) -> None:
