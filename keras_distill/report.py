@@ -125,7 +125,8 @@ def compare(
             give `distiller.student`.
         data: `(x, y)` as arrays. Labels are integers `(...)` or one-hot `(..., C)`;
             rows whose integer label is below 0, or whose one-hot label is all zeros, do
-            not count for the accuracy.
+            not count for the accuracy. Where there is a label for each position of a
+            row, such positions are taken for padding, and count for nothing.
         teacher: Name of the teacher. Default: the first.
         student: Name of the student that was trained without a teacher. Default: the
             second.
@@ -166,10 +167,13 @@ def compare(
         name: [_classes(name, model, x, batch_size) for model in copies]
         for name, copies in lists.items()
     }
+    labels = _labels(y, classes[teacher][0].ndim)
     scores = {
-        name: [_accuracy(y, chosen) for chosen in copies]
+        name: [float((labels == chosen)[labels >= 0].mean()) for chosen in copies]
         for name, copies in classes.items()
     }
+    counts = labels >= 0 if labels.ndim > 1 else slice(None)
+    classes = {name: [c[counts] for c in copies] for name, copies in classes.items()}
     means = {name: float(np.mean(values)) for name, values in scores.items()}
     rows = []
     for (name, copies), (size, latency) in zip(lists.items(), measured, strict=True):
@@ -289,15 +293,15 @@ def _classes(name: str, model: Any, x: Any, batch_size: int) -> np.ndarray:
     return outputs.argmax(-1)
 
 
-def _accuracy(y: Any, chosen: np.ndarray) -> float:
+def _labels(y: Any, rank: int) -> np.ndarray:
+    """Integers of this rank, below 0 where there is no label."""
     labels = np.asarray(y)
-    if labels.ndim > chosen.ndim:
+    if labels.ndim > rank:
         one_hot = labels.shape[-1] != 1
         missing = one_hot & ~labels.any(-1)  # a row of zeros
         labels = labels.argmax(-1) if one_hot else labels[..., 0]
         labels = np.where(missing, -1, labels)
-    known = labels >= 0
-    return float((labels == chosen)[known].mean())
+    return labels
 
 
 def _agreement(

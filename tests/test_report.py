@@ -59,6 +59,19 @@ def test_agreement_is_the_share_of_rows_with_the_teachers_class(table):
     assert table["helped"].agreement == (6 + 7) / 16
 
 
+def test_positions_without_a_label_are_padding():
+    def tags(classes):  # two positions in each of two rows
+        flat = _fixed(np.eye(3)[classes].reshape(2, 6))
+        return keras.Model(flat.input, keras.layers.Reshape((2, 3))(flat.output))
+
+    models = {"teacher": tags([[0, 1], [2, 0]]), "student": tags([[0, 2], [2, 1]])}
+    data = np.eye(2, dtype="float32"), np.array([[0, 1], [1, -1]])
+    found = report.compare(models, data, repeats=1, verbose=False)
+    assert found["teacher"].accuracy == pytest.approx(2 / 3)
+    assert found["student"].accuracy == pytest.approx(1 / 3)
+    assert found["student"].agreement == pytest.approx(2 / 3)
+
+
 def test_gap_closed_is_measured_from_student_to_teacher(table):
     assert table["teacher"].gap_closed is None
     assert table["alone"].gap_closed is None
