@@ -117,6 +117,15 @@ def test_training_from_float16_equals_it_within_rounding(teacher, tmp_path):
     assert_same_training(train(cache, cache.attach(data())), live, 5e-3)
 
 
+def test_a_relative_path_is_that_of_the_folder_it_was_opened_in(
+    cache, copy, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    opened = Cache.open(copy.name)
+    monkeypatch.chdir(tmp_path.parent)
+    np.testing.assert_array_equal(told(opened), told(cache))
+
+
 def test_rows_may_come_in_any_order_and_number(cache):
     rows = data().shuffle(100, seed=1).skip(5).shard(2, 1).repeat(3)
     for x, y in cache.attach(rows).batch(7):

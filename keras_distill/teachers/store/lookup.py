@@ -27,7 +27,7 @@ class Lookup:
     """
 
     def __init__(self, path: str, manifest: dict[str, Any]) -> None:
-        directory = Path(path)
+        directory = Path(path).absolute()  # files are opened when they are read
         arguments = manifest["arguments"]
         self.views: int = arguments["views"]
         self.augmented: bool = arguments["augmented"]
