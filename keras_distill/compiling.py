@@ -51,7 +51,8 @@ class Compiling:
                 the gradient norm over the student's weights; 0 for never.
             gradient_policy: Function `(main, transfer, variables, epoch) -> gradients`
                 that combines the gradients of hard, soft and regularisation losses
-                (main) with those of the links (transfer), such as `ClipToMain()`.
+                (main) with those of the links (transfer), such as `ClipToMain()`;
+                for distillers with links.
             across_replicas: Whether losses that compare rows do so over the global
                 batch instead of each replica's own.
 
@@ -65,6 +66,11 @@ class Compiling:
             raise ValueError(
                 "`log_gradient_share` must be a number of steps, 0 for never. "
                 f"Received: {log_gradient_share}"
+            )
+        if gradient_policy is not None and not self.link_names:
+            raise ValueError(
+                "`gradient_policy` has no effect: it combines the gradients of links "
+                "with the others, and this distiller has no links."
             )
         optimizer = keras.optimizers.get(optimizer)
         self._check_compile(optimizer, loss, jit_compile, check_finite, across_replicas)

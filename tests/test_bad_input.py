@@ -270,6 +270,7 @@ def test_ensembles(arguments, match):
     [
         ({"log_gradient_share": -1}, "number of steps, 0 for never. Received: -1"),
         ({"across_replicas": True}, "no effect on one replica"),
+        ({"gradient_policy": kd.ClipToMain()}, "has no effect.* has no links"),
         ({"check_finite": True, "jit_compile": True}, "XLA has no assertions"),
     ],
 )
