@@ -528,7 +528,7 @@ def plot(rows: list[Row], path: Path) -> None:
                 left.plot([mean, mean], [y - 0.2, y + 0.2], color=color, lw=2)
         right.barh(height, table[name]["times the plain step"], color="tab:gray")
     left.plot([], [], "o-", color="tab:blue", label="the paper's weights")
-    if any(name.endswith(TUNED) for name in table):
+    if any(row["run"].endswith(TUNED) for row in rows):
         left.plot([], [], "o-", color="tab:orange", label="tuned")
     left.legend(loc="lower right")
     left.axvline(0, color="gray", lw=1)
