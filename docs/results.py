@@ -182,7 +182,7 @@ def verdicts(result: dict[str, Any]) -> str:
 def summary_lines(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of a summary that is one table, or several tables by title."""
     for name, value in summary.items():
-        if isinstance(value, dict) and is_table(value):
+        if is_table(value):
             yield from value.items()
         elif isinstance(value, dict):
             yield name, value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from keras_distill.losses.base import (
     reduce_values,
 )
 from keras_distill.matching import weights_by_output
+from keras_distill.random_states import RandomStates
 from keras_distill.specs import input_spec, output_spec
 from keras_distill.steps_tensorflow import Steps
 from keras_distill.tables import text_table
@@ -40,12 +39,11 @@ from keras_distill.weighting import (
     unscaled,
 )
 
-_SEEDS = "seed_generators.json"
 RESERVED = ("loss", "hard", "soft", "agreement", "regularization", "skipped")
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
+class BaseDistiller(Labelled, Compiling, Steps, RandomStates, keras.Model):
     """What every distiller shares: a `keras.Model` that trains by weighted terms.
 
     The total is `alpha * compiled loss + Σ weight * term + regularisation losses`. A
@@ -391,7 +389,7 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         return results | self._logs.results(filter(self._logs.ran, self._logs.names))
 
     def _get_metrics_result_or_logs(self, logs: Any) -> dict[str, Any]:
-        # Before 3.13 Keras expects plain numbers here.
+        # Keras 3.12 expects plain numbers here.
         results = self.get_metrics_result()
         return {k: number(v) if _is_scalar(v) else v for k, v in results.items()}
 
@@ -415,24 +413,6 @@ class BaseDistiller(Labelled, Compiling, Steps, keras.Model):
         if "hard" in self._terms:
             config["alpha"] = number(self.alpha)
         return config
-
-    def save_assets(self, dir_path: str) -> None:
-        # Keras leaves the states of random generators out: dropout would begin anew.
-        states = [ops.convert_to_numpy(v.value).tolist() for v in self._seed_states()]
-        with open(os.path.join(dir_path, _SEEDS), "w") as file:
-            json.dump(states, file)
-
-    def load_assets(self, dir_path: str) -> None:
-        path = os.path.join(dir_path, _SEEDS)
-        if os.path.exists(path):
-            with open(path) as file:
-                states = json.load(file)
-            for variable, state in zip(self._seed_states(), states, strict=True):
-                variable.assign(state)
-
-    def _seed_states(self) -> list[Any]:
-        layers = self._flatten_layers()
-        return [g.state for layer in layers for g in layer._seed_generators]
 
     def export(self, filepath: str, *args: Any, **kwargs: Any) -> None:
         """Exports the student, as `keras.Model.export`."""

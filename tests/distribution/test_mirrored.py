@@ -104,7 +104,6 @@ def test_weights_missing_labels_and_clipping(strategy):
         return distiller(keras.Model(model.input, outputs))
 
     data = rows(3 * BATCH + 5, missing=range(24, 32), weights=True)
-
     check_equal(
         strategy,
         make,
