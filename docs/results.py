@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+NBSP = "\N{NO-BREAK SPACE}"  # keeps a cell in one line
 SCRIPTS = HERE.parent / "examples"
 INTRODUCTION = """# Results
 
@@ -165,18 +166,24 @@ def verdicts(result: dict[str, Any]) -> str:
         gain, interval = line.get("difference"), line.get("± (95 %)")
         if gain is None or interval is None or line["seeds"] < 3:
             continue
-        verdict = "not decided"
+        cost = line.get("times the plain step")
+        verdict = f"not{NBSP}decided"
         if abs(gain) > interval:
             verdict = "better" if gain > 0 else "worse"
-        cost = line.get("times the plain step")
-        if "over" in line:
-            name = f"{name} (against: {line['over']})"
-        row = [name, f"{gain:+.2f}", f"± {interval:.2f}", verdict]
-        rows.append(row + ([f"{cost:.1f}"] if cost else []))
+        rows.append(
+            {
+                "": name,
+                "against": line.get("over"),
+                "difference": f"{gain:+.2f}",
+                "95 %": f"±{NBSP}{interval:.2f}",
+                "verdict": verdict,
+                "cost of a step": f"{cost:.1f}" if cost else None,
+            }
+        )
     if not rows:
         return ""
-    columns = ["", "difference", "95 %", "verdict", "cost of a step"]
-    return table(columns[: max(map(len, rows))], rows)
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return table(columns, [[row[name] for name in columns] for row in rows])
 
 
 def summary_lines(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

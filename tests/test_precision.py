@@ -54,6 +54,23 @@ def test_the_scale_of_the_loss_does_not_show_in_logs_or_weights():
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-5, atol=1e-7)
 
 
+def test_shares_of_gradients_that_float16_cannot_hold():
+    student = tiny.mlp(dtype="mixed_float16")
+    distiller = tiny.distiller(student, alpha=1e-7, beta=1e-7, temperature=1.0)
+    tiny.compiled(distiller, log_gradient_share=1)
+    logs = tiny.history(distiller, *tiny.data(8))
+    assert 0.01 < logs["soft_gradient_share"][0] < 0.99
+
+
+def test_shares_leave_out_a_batch_whose_scale_was_too_large():
+    student = tiny.mlp(dtype="mixed_float16")
+    optimizer = SCALED(keras.optimizers.SGD(0.1), initial_scale=1e30)
+    distiller = tiny.distiller(student)
+    tiny.compiled(distiller, optimizer=optimizer, log_gradient_share=1)
+    logs = tiny.history(distiller, *tiny.data(8))
+    assert "soft_gradient_share" not in logs
+
+
 def test_a_pure_float16_student_is_scaled():
     distiller = distiller_of("float16")
     tiny.compiled(distiller)

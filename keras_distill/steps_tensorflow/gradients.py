@@ -132,11 +132,12 @@ class Gradients:
             return
         names = [name for name in losses if name in self._terms]
         values = values_of(self.student.trainable_variables)
+        scale = self.optimizer.scale_loss(tf.ones(()))  # float16 holds no small ones
 
         def shares() -> Any:
             norms = []
             for name in names:
-                gradients = sum_gradients(tape.gradient(losses[name], values))
+                gradients = sum_gradients(tape.gradient(losses[name], values, scale))
                 some = [
                     tf.cast(dense(g), tf.float32) for g in gradients if g is not None
                 ]
@@ -148,9 +149,12 @@ class Gradients:
             found = shares()  # collectives cannot be inside a cond
         else:
             found = tf.cond(due, shares, lambda: tf.zeros(len(names)))
+        # A scale that is still too large gives infinity; that batch changes nothing.
+        known = tf.reduce_all(tf.math.is_finite(found))
+        weight = tf.cast(due & known, tf.float32)
         for index, name in enumerate(names):
-            weight = tf.cast(due, tf.float32)
-            self._logs.update(f"{name}_gradient_share", found[index], weight)
+            share = tf.where(known, found[index], 0.0)
+            self._logs.update(f"{name}_gradient_share", share, weight)
 
     def _reached_by(self: Any, paths: list[str]) -> set[int]:
         """Ids of the student's variables that the features at some layers depend on.

@@ -681,6 +681,13 @@ def test_parts_that_do_not_fit(cache, teacher, tmp_path):
     with pytest.raises(ValueError, match="`paths`"):
         Cache.join([], tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    whole = tmp_path / "whole"
+    Cache.join(paths, whole)
+    fewer = tmp_path / "fewer"
+    Cache.build(teacher, data(X[:8], Y[:8]), fewer, shard=(0, 1))
+    with pytest.raises(ValueError, match="of other rows than the parts"):
+        Cache.join([fewer], whole)
+    assert len(Cache.join(paths, whole)) == ROWS
 
 
 # -- building that is interrupted -----------------------------------------------------

@@ -154,6 +154,8 @@ def join_parts(paths: Sequence[Path], directory: Path) -> dict[str, Any]:
             f"parts {sorted(shards)}."
         )
     order = sorted(range(len(shards)), key=lambda i: shards[i])
+    files = [(paths[i] / e["file"], e) for i in order for e in manifests[i]["shards"]]
+    entries = [{**e, "file": shard_name(i)} for i, (_, e) in enumerate(files)]
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
         manifest = {**common[0], "complete": False, "shards": [], "parts": []}
@@ -164,11 +166,11 @@ def join_parts(paths: Sequence[Path], directory: Path) -> dict[str, Any]:
             write_json(directory / MANIFEST, manifest)
         elif there["id"] != manifest["id"]:
             raise ValueError(f"There is another cache at {str(directory)!r}.")
-        entries: list[dict[str, Any]] = []
-        for part in order:
-            for entry in manifests[part]["shards"]:
-                file = shard_name(len(entries))
-                _link(paths[part] / entry["file"], directory / file)
-                entries.append({**entry, "file": file})
+        elif there["complete"] and there["shards"] != entries:
+            raise ValueError(
+                f"The cache at {str(directory)!r} is of other rows than the parts."
+            )
+        for (source, _), entry in zip(files, entries, strict=True):
+            _link(source, directory / entry["file"])
         parts = [manifests[part]["parts"][0] for part in order]
         return finish(directory, manifest, entries, parts)
