@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -31,6 +32,14 @@ tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # test would make them anew: a quarter of its time. Keras's random numbers have seeds
 # of their own, which do not need that.
 pywrap_tfe.TFE_ContextClearCaches = lambda context: None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_garbage():
+    """What outlives a module is not looked through at every collection after it."""
+    gc.freeze()
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def test_the_page_of_results_leaves_single_runs_in_the_file(tmp_path):
     assert "| a | 1.5 | 3 | 0.5 | 0.25 |" in page
     assert "secret" not in page
     guide = made["fill"]("x\n<!-- gains gain -->\nold\n<!-- end -->\ny", tmp_path)
-    assert "| a | +0.50 | ± 0.25 | better |" in guide
+    assert "| a | +0.50 | ±\N{NO-BREAK SPACE}0.25 | better |" in guide
     assert "| b |" not in guide  # of too few seeds
     assert "old" not in guide
     assert made["fill"](guide, tmp_path) == guide
