@@ -48,10 +48,10 @@ def saved(path):
         return list(file.values())
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def workers(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
     directory = tmp_path_factory.mktemp("workers")
-    return launch(directory, request.param)[0], directory
+    return launch(directory, 2)[0], directory
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +122,9 @@ def test_only_the_chief_writes(workers):
     ],
 )
 def test_workers_that_differ_are_refused(workers, kind, what):
-    others = [*range(1, len(workers[0]))]
     for _, logs in workers[0]:
         assert f"ValueError: The workers begin with different {what}" in logs[kind]
-        assert f"replicas {others} differ from replica 0" in logs[kind]
+        assert "replicas [1] differ from replica 0" in logs[kind]
 
 
 def test_keras_itself_cannot_yet(workers):
@@ -141,7 +140,6 @@ def test_a_keras_that_nobody_tried_is_said(monkeypatch):
         check_keras()
 
 
-@pytest.mark.parametrize("workers", [2], indirect=True)
 def test_a_killed_worker_is_named_and_the_run_continues(workers, tmp_path):
     again, printed = launch(tmp_path, 2, "8", options=["--restarts", "1"])
     assert "launch: worker 1 was killed by SIGKILL; all workers were" in printed

@@ -449,7 +449,6 @@ def _sequential():
 
 MODELS = {
     "resnet": (_resnet, "stage2"),
-    "mobilenet": (lambda: _mobilenet(classes=10), "block_12_add"),
     "efficientnet": (
         lambda: keras.applications.EfficientNetV2B0(
             weights=None, input_shape=(32, 32, 3), classes=10
