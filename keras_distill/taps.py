@@ -21,20 +21,26 @@ def find_layer(model: keras.Layer, path: str, argument: str) -> keras.Layer:
     """The layer at a path such as `"backbone/block2"`.
 
     Raises:
-        ValueError: If there is none, with the nearest names that exist.
+        ValueError: If there is none, with the nearest names that exist, or several.
     """
     layer = model
     for depth, name in enumerate(path.split("/")):
-        named = {child.name: child for child in children(layer)}
-        if name not in named:
-            near = difflib.get_close_matches(name, named, n=3, cutoff=0.4)
-            near = near or list(named)[:10]
-            where = "/".join(path.split("/")[:depth]) or model.name
+        inside = {id(child): child for child in children(layer)}.values()
+        named = [child for child in inside if child.name == name]
+        where = "/".join(path.split("/")[:depth]) or model.name
+        if not named:
+            names = [child.name for child in inside]
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
             raise ValueError(
                 f"`{argument}`: there is no layer {name!r} in {where!r}. "
-                f"Received: {path!r}. Nearest names: {near}"
+                f"Received: {path!r}. Nearest names: {near or names[:10]}"
             )
-        layer = named[name]
+        if len(named) > 1:
+            raise ValueError(
+                f"`{argument}`: {len(named)} layers in {where!r} are called {name!r}; "
+                "a tap needs a layer with a name of its own."
+            )
+        layer = named[0]
     return layer
 
 
@@ -61,10 +67,11 @@ def paths_of(model: keras.Layer, layers: Any, argument: str) -> Any:
     """Checked paths of names or layer objects, in the structure given."""
 
     def path(item: Any) -> str:
+        found = item
         if isinstance(item, keras.Layer):
-            return find_path(model, item, argument)
-        find_layer(model, item, argument)
-        return item
+            found = find_path(model, item, argument)
+        find_layer(model, found, argument)
+        return found
 
     return (
         [path(i) for i in layers] if isinstance(layers, (list, tuple)) else path(layers)

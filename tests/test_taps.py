@@ -111,6 +111,35 @@ def test_a_layer_used_twice_is_refused():
         kd.Distiller(student, tiny.teacher(), links=[link])
 
 
+class Twins(keras.Model):
+    """Two layers of one name, the first of which is also an attribute of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = keras.layers.Dense(6, name="twin")
+        self.blocks = [self.first, keras.layers.Dense(6, name="twin")]
+        self.head = keras.layers.Dense(3, name="head")
+
+    def call(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_layers_of_one_name_are_refused():
+    student = Twins()
+    student(np.zeros((2, 6), "float32"))
+    for tap in ("twin", student.first, student.blocks[1]):
+        link = kd.Link(tap, "hidden", "mse", adapter="auto")
+        with pytest.raises(ValueError, match="2 layers in 'twins'.*called 'twin'"):
+            kd.Distiller(student, tiny.teacher(), links=[link])
+    kd.Distiller(
+        student,
+        tiny.teacher(),
+        links=[kd.Link("head", "hidden", "mse", adapter="auto")],
+    )
+
+
 def test_nothing_is_left_on_a_layer_after_an_error():
     model = tiny.mlp()
     layer = model.get_layer("hidden")
