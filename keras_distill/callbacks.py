@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_distill.distribute.states import assign_to_replicas, values_of_replicas
 from keras_distill.distribute.workers import is_chief
+from keras_distill.files import whole
 from keras_distill.links import as_list
 
 _MAGIC = b"keras_distill backup 1\n"
@@ -213,22 +214,19 @@ class Backup(keras.callbacks.Callback):
             self._replace([_MAGIC, digest.hexdigest().encode(), *parts])
         except OSError as error:
             warnings.warn(
-                f"The backup {str(self.path)!r} could not be written: {error}. "
+                f"There is no new backup: {error}. "
                 "Training goes on without it.",
                 stacklevel=2,
             )
 
     def _replace(self, parts: list[Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        if self.path.exists():
-            os.replace(self.path, self.previous)
-        os.replace(temporary, self.path)
+        with whole(self.path) as temporary:
+            with open(temporary, "wb") as file:
+                for part in parts:
+                    file.write(part)
+            if self.path.exists():
+                os.replace(self.path, self.previous)
 
     # -- reading --------------------------------------------------------------------
 

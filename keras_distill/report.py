@@ -13,6 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_distill.files import whole
+
 _HEADERS = (
     "model",
     "parameters",
@@ -226,7 +228,8 @@ def export(model: Any, directory: str, name: str = "student") -> dict[str, str]:
     os.makedirs(directory, exist_ok=True)
     folder = os.path.join(directory, name)
     file = f"{folder}.keras"
-    model.save(file)
+    with whole(file) as temporary:
+        model.save(temporary)
     model.export(folder, verbose=False)
     return {"keras": file, "saved_model": folder}
 

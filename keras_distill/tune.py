@@ -11,7 +11,6 @@ that was stopped, with Ctrl-C or otherwise, goes on with the trial it was in.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import keras
 import keras_tuner
 
 from keras_distill import datasets, tuning
+from keras_distill.files import read_json, whole, write_json
 
 _WIDTHS = {"teacher": (32, 64, 64), "student": (4, 8)}
 _BATCH = 64
@@ -88,11 +88,11 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> str | None
         if file.exists():
             return f"there is a search in {folder}: add --resume, or give --output"
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings))
+        write_json(file, settings)
         return None
     if not file.exists():
         return f"there is no search in {folder} to resume"
-    before = json.loads(file.read_text())
+    before = read_json(file, "a search")
     if before != settings:
         return f"the search in {folder} has other settings: {before}"
     return None
@@ -131,7 +131,8 @@ def _search(folder: Path, trials: int, dataset: str, epochs: int, seed: int) -> 
     if sum(row["status"] == "COMPLETED" for row in table) > 1:
         tuning.plot(tuner, folder / "trials.png")
     best = tuning.best_distiller(tuner)
-    best.student.save(folder / "student.keras")
+    with whole(folder / "student.keras") as temporary:
+        best.student.save(temporary)
     logs = best.evaluate(*data.test, verbose=0, return_dict=True)
     print(f"\nThe best student on the test part: accuracy {logs['accuracy']:.4f}")
     print(f"Written to {folder}: student.keras, trials.csv, trials.png")
@@ -147,8 +148,8 @@ def _teacher(folder: Path, data: datasets.Dataset, loss: Any, epochs: int) -> An
     teacher.fit(*data.train, epochs=2 * epochs, batch_size=_BATCH, verbose=0)
     logs = teacher.evaluate(*data.validation, verbose=0, return_dict=True)
     print(f"The teacher is trained: validation accuracy {logs['accuracy']:.4f}")
-    teacher.save(folder / "teacher.part.keras")
-    (folder / "teacher.part.keras").rename(path)  # whole, or not there
+    with whole(path) as temporary:
+        teacher.save(temporary)
     return teacher
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import keras
 
 from keras_distill.callbacks import Backup
 from keras_distill.distribute.workers import is_chief
+from keras_distill.files import read_json, whole, write_json
 
 _FORMAT = 1
+_WRITER = "a chain of generations"
 
 
 class Storage:
@@ -41,7 +42,7 @@ class Storage:
         settings = {"format": _FORMAT, **json.loads(json.dumps(settings))}
         path = self._folder / "chain.json"
         if path.exists():
-            found = _read_json(path)
+            found = read_json(path, _WRITER)
             if found != settings:
                 raise ValueError(
                     f"`directory`: {str(self._folder)!r} holds another chain, with the "
@@ -55,7 +56,7 @@ class Storage:
                 "chain.json, so no chain of generations wrote them. Choose another "
                 "folder."
             )
-        _write(path, json.dumps(settings, indent=2).encode())
+        write_json(path, settings, several=True)
 
     def load(self, index: int) -> tuple[keras.Model, dict[str, Any]] | None:
         """A finished generation and its logs, or None.
@@ -71,7 +72,7 @@ class Storage:
                 f"{str(model)!r} was not written by this chain: {record.name} is "
                 "missing. Delete it to train that generation again."
             )
-        about = _read_json(record)
+        about = read_json(record, _WRITER)
         if about.get("checksum") != _checksum(model):
             raise ValueError(
                 f"{str(model)!r} is truncated or was changed: its checksum is not the "
@@ -86,16 +87,14 @@ class Storage:
 
     def save(self, index: int, model: keras.Model, history: dict[str, Any]) -> None:
         """Writes a finished generation, and removes what was kept of its progress."""
-        path = self._model(index)
-        temporary = path.with_name(f"{path.stem}.partial.keras")
-        model.save(temporary)
-        about = {
-            "checksum": _checksum(temporary),
-            "teacher": self._teacher(index),
-            "history": history,
-        }
-        _write(self._record(index), json.dumps(about, indent=2).encode())
-        _rename(temporary, path)
+        with whole(self._model(index)) as temporary:
+            model.save(temporary)
+            about = {
+                "checksum": _checksum(temporary),
+                "teacher": self._teacher(index),
+                "history": history,
+            }
+            write_json(self._record(index), about)
         shutil.rmtree(self._progress(index), ignore_errors=True)
 
     def callbacks(self, index: int) -> list[keras.callbacks.Callback]:
@@ -115,7 +114,7 @@ class Storage:
     def _teacher(self, index: int) -> str | None:
         if index == 0:
             return None
-        return _read_json(self._record(index - 1))["checksum"]
+        return read_json(self._record(index - 1), _WRITER)["checksum"]
 
 
 class Record(keras.callbacks.Callback):
@@ -130,7 +129,7 @@ class Record(keras.callbacks.Callback):
         self._path = path
         self._epochs: list[dict[str, float]] = []
         if path is not None and path.exists():
-            self._epochs = _read_json(path)
+            self._epochs = read_json(path, _WRITER, list)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         del self._epochs[epoch:]
@@ -139,7 +138,7 @@ class Record(keras.callbacks.Callback):
         self._epochs.append({k: float(v) for k, v in (logs or {}).items()})
         if self._path is not None and is_chief(self.model.distribute_strategy):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self._path, json.dumps(self._epochs).encode())
+            write_json(self._path, self._epochs)
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -148,30 +147,6 @@ class Record(keras.callbacks.Callback):
         return {n: [logs[n] for logs in self._epochs if n in logs] for n in names}
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{str(path)!r} is truncated or was not written by a chain of generations: "
-            f"{error}"
-        ) from error
-
-
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    # Several workers may begin a chain at once.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content)
-    _rename(temporary, path)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """Puts a file in place once all of it is on the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_distill.files import save_figure
 from keras_distill.teachers.base import Teacher
 from keras_distill.teachers.ensemble import as_teacher
 from keras_distill.teachers.reading import class_head, dataset_of, reader
@@ -128,4 +129,4 @@ def _draw(
     axes.plot([found], [math.log(perplexity)], "o", color="C3", label=label)
     axes.set(xscale="log", xlabel="temperature T", ylabel="mean entropy of the targets")
     axes.legend()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)

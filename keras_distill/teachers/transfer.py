@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_distill.files import save_figure
 from keras_distill.inputs import plain_inputs
 from keras_distill.tables import text_table
 from keras_distill.teachers.reading import NO_LABEL, in_batches, is_batched
@@ -181,7 +182,7 @@ class Selection:
             label = "no label" if label == NO_LABEL else f"label {label}"
             said = f"{self.predicted[row]} ({self.confidence[row]:.2f})"
             axes.set_title(f"{label}\nteacher {said}", fontsize=7)
-        figure.savefig(path, dpi=100)
+        save_figure(figure, path)
 
     def _pictures(self, rows: np.ndarray) -> dict[int, np.ndarray]:
         """Some rows' inputs, scaled to [0, 1]; empty if they are not images."""

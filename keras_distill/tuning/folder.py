@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from keras_distill.files import read_json
+
 _NOTE = "distillation.json"
 
 
@@ -34,7 +36,7 @@ def check_folder(tuner: Any, identity: dict[str, Any], write: bool) -> None:
             os.link(own, note)
         own.unlink()
     if note.exists():
-        found, wanted = json.loads(note.read_text()), json.loads(text)
+        found, wanted = read_json(note, "a search"), json.loads(text)
         other = [key for key in wanted if found.get(key) != wanted[key]]
     else:
         other = ["hypermodel"] if _has_results(folder) else []

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_distill.files import save_figure, whole
 from keras_distill.tables import text_table
 
 
@@ -27,7 +28,10 @@ class Results(list):
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the table as CSV."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with (
+            whole(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self)
@@ -149,7 +153,7 @@ def plot(tuner: Any, path: str | os.PathLike[str]) -> None:
         xlabel="share of the variance of the ranks",
         title="How much each parameter mattered",
     )
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def importance(tuner: Any) -> dict[str, float]:

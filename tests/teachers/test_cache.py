@@ -727,7 +727,7 @@ def test_what_was_done_is_not_done_again(teacher, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("shard-*.bin"))) == 3
     with pytest.raises(ValueError, match="unfinished"):
         Cache.open(tmp_path)
-    (tmp_path / "shard-000003.bin.tmp").write_bytes(b"half")
+    (tmp_path / ".tmp-shard-000003.bin").write_bytes(b"half")
     taught = []
     call = kd.teachers.Model.__call__
 
@@ -739,7 +739,7 @@ def test_what_was_done_is_not_done_again(teacher, tmp_path, monkeypatch):
     cache = Cache.build(teacher, data(), tmp_path, batch_size=2)
     assert sum(taught) == ROWS - 12
     assert len(cache) == ROWS
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 @pytest.mark.usefixtures("small")
@@ -795,7 +795,7 @@ def test_a_full_disk(teacher, tmp_path):
                 Cache.build(teacher, data(), path, batch_size=2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        assert not list(path.glob("*.tmp"))
+        assert not list(path.glob(".tmp-*"))
         with pytest.raises(ValueError, match="There is no cache|unfinished"):
             Cache.open(path)
     cache = Cache.build(teacher, data(), path, batch_size=2)

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_distill.files import write_json
 from keras_distill.losses.base import check_positive, number
 from keras_distill.teachers.base import Teacher
 from keras_distill.teachers.store.codec import Codec
@@ -32,7 +33,6 @@ from keras_distill.teachers.store.shards import (
     rows_per_shard,
     shard_name,
     whole_shard,
-    write_json,
     write_shard,
 )
 from keras_distill.teachers.store.views import OTHER_AUGMENT, stream

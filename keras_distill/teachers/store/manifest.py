@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_distill.files import TEMPORARY, read_json, write_json
 from keras_distill.teachers.base import Teacher
 from keras_distill.teachers.store.shards import (
     Shards,
@@ -19,7 +20,6 @@ from keras_distill.teachers.store.shards import (
     locked,
     shard_name,
     write_index,
-    write_json,
 )
 
 FORMAT = 1
@@ -53,7 +53,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     path = directory / MANIFEST
     if not path.exists():
         return None
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path, "a cache")
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"The cache {str(directory)!r} has format {manifest.get('format')}; this "
@@ -75,7 +75,8 @@ def identity(manifest: dict[str, Any]) -> str:
 
 def check_own(directory: Path) -> None:
     """Raises ValueError where a new cache would lie among other files."""
-    found = {entry.name for entry in directory.iterdir()} - {"lock"}
+    names = {entry.name for entry in directory.iterdir()} - {"lock"}
+    found = {name for name in names if not name.startswith(TEMPORARY)}
     if found:
         raise ValueError(
             f"`path` must be a directory of its own. {str(directory)!r} is not a "

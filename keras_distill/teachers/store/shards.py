@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from keras_distill.files import whole
 
 # A shard is what a kill can cost: its rows are in memory until it is written.
 SHARD_BYTES = 64 << 20
@@ -40,39 +41,16 @@ def write_whole(path: Path, parts: Iterable[Any]) -> dict[str, Any]:
         What `check_file` needs: `file`, `bytes`, `crc32`.
 
     Raises:
-        OSError: If the disk is full. What was there before is as it was.
+        OSError: If it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     size = checksum = 0
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                buffer = memoryview(part).cast("B") if len(part) else b""
-                file.write(buffer)
-                size += len(buffer)
-                checksum = zlib.crc32(buffer, checksum)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"{path.name} could not be written ({error.strerror}). What the cache held "
-            "before is whole: `Cache.build` goes on from there",
-            str(path.parent),
-        ) from error
-    sync_directory(path.parent)
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        for part in parts:
+            buffer = memoryview(part).cast("B") if len(part) else b""
+            file.write(buffer)
+            size += len(buffer)
+            checksum = zlib.crc32(buffer, checksum)
     return {"file": path.name, "bytes": size, "crc32": checksum}
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory last."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_file(directory: Path, entry: dict[str, Any]) -> None:
@@ -99,11 +77,6 @@ def _checksum(path: Path, size: int) -> int:
             checksum = zlib.crc32(block, checksum)
             size -= len(block)
     return checksum
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    write_whole(path, [json.dumps(value, indent=1).encode()])
 
 
 @contextlib.contextmanager
