@@ -214,7 +214,7 @@ class Backup(keras.callbacks.Callback):
             self._replace([_MAGIC, digest.hexdigest().encode(), *parts])
         except OSError as error:
             warnings.warn(
-                f"There is no new backup: {error}. "
+                f"The backup {str(self.path)!r} could not be written: {error}. "
                 "Training goes on without it.",
                 stacklevel=2,
             )
