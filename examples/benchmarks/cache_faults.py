@@ -28,6 +28,7 @@ import tensorflow as tf
 from measure import RESULTS, TRIALS, parser, write
 
 import keras_distill as kd
+from keras_distill.files import TEMPORARY
 from keras_distill.teachers.store import shards
 
 FEATURES, CLASSES = 16, 100
@@ -99,7 +100,7 @@ def killed(path: Path, rows: int, taught: Path, when: float) -> dict[str, Any] |
     return {
         "seconds after its first batch": when,
         "whole shards": whole,
-        "a file half written": any(name.endswith(".tmp") for name in names),
+        "a file half written": any(n.startswith(TEMPORARY) for n in names),
         "index": "index-keys.bin" in names,
     }
 

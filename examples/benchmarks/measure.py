@@ -76,7 +76,9 @@ def write(path: Path, title: str, result: dict[str, Any]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"title": title, **result, "machine": machine}, indent=2)
-    path.write_text(text + "\n")
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)  # whole, or as it was
     print(f"written: {os.path.relpath(path)}")
 
 

@@ -112,10 +112,8 @@ class Experiment:
         try:
             summary = self._summarize(self.rows)
         finally:  # a table that fails must not cost a run
-            temporary = self.path.with_name(f"{self.path.name}.tmp")
             result = {"setting": self._setting, "summary": summary, "runs": self.rows}
-            write(temporary, self._title, result)
-            os.replace(temporary, self.path)
+            write(self.path, self._title, result)
 
 
 def name_of(row: Row) -> str:
