@@ -539,7 +539,7 @@ def plot(rows: list[Row], path: Path) -> None:
     left.plot([], [], "o-", color="tab:blue", label="the paper's weights")
     if any(row["run"].endswith(TUNED) for row in rows):
         left.plot([], [], "o-", color="tab:orange", label="tuned")
-    left.legend(loc="lower right")
+    left.legend(loc="upper left")
     left.axvline(0, color="gray", lw=1)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
