@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_distill.links import as_list
+from keras_distill.loss_values import any_of, common_layout, per_position
 from keras_distill.terms import Counted
 from keras_distill.weighting import (
     Labels,
@@ -21,6 +22,7 @@ from keras_distill.weighting import (
     label_kind,
     multiply,
     read_labels,
+    remasked,
     unscaled,
 )
 
@@ -44,14 +46,15 @@ class Labelled:
         """
         if _all_none(labels):
             return None
-        y, shown, loss_weights, rows = self._for_losses(labels, outputs, scaled)
+        y, shown, rows = self._where_labelled(labels, outputs)
         self._logs.update("labelled", 1.0, rows)
         if self._compile_metrics is not None:
             plain = self._metric_weights(outputs, weights)
             self._compile_metrics.update_state(y, shown, plain)
         if self._compile_loss is None:
             return None
-        hard = ops.cast(self._compile_loss(y, shown, loss_weights), "float32")
+        compared, loss_weights = self._for_losses(labels, shown, scaled)
+        hard = ops.cast(self._compile_loss(y, compared, loss_weights), "float32")
         self._logs.update("hard_loss", unscaled(hard, rows), rows)
         return hard
 
@@ -76,8 +79,9 @@ class Labelled:
         labels, weights = self._read(y, sample_weight, training=False)
         if _all_none(labels) or self._compile_loss is None:
             return None
-        y, shown, loss_weights, rows = self._for_losses(labels, outputs, weights)
-        value = ops.cast(self._compile_loss(y, shown, loss_weights), "float32")
+        y, shown, rows = self._where_labelled(labels, outputs)
+        compared, loss_weights = self._for_losses(labels, shown, weights)
+        value = ops.cast(self._compile_loss(y, compared, loss_weights), "float32")
         if log is not None:
             self._logs.update(log, unscaled(value, rows), rows)
         return Counted(value, rows)
@@ -113,32 +117,48 @@ class Labelled:
             return None
         return keras.tree.pack_sequence_as(outputs, result)
 
-    def _for_losses(
-        self: Any, labels: list[Labels | None], outputs: Any, scaled: Any
-    ) -> tuple[Any, Any, Any, Any]:
-        """Labels, outputs and weights as Keras's losses take them; rows that count."""
+    def _where_labelled(
+        self: Any, labels: list[Labels | None], outputs: Any
+    ) -> tuple[Any, Any, Any]:
+        """Labels, outputs whose masks leave out what has none, and rows that count."""
         share = current_share()
-        shown, weights = [], []
-        flat = keras.tree.flatten(outputs)
-        for label, output, weight in zip(labels, flat, scaled, strict=True):
+        shown = []
+        for label, output in zip(labels, keras.tree.flatten(outputs), strict=True):
             valid = None if label is None else label.valid
-            values = _values_of(output)
             if share is not None:  # metrics must not see a padding row
-                present = ops.ones_like(values) * ops.cast(share.rows, "float32") > 0
+                present = ops.ones_like(_values_of(output)) * share.rows > 0
                 valid = present if valid is None else valid & present
             shown.append(hand_on(output, valid))
-            mask = getattr(shown[-1], "_keras_mask", None)
-            weights.append(full(for_masked(weight, mask), values))
-
-        def pack(items: list[Any]) -> Any:
-            return keras.tree.pack_sequence_as(outputs, items)
-
-        y = pack([None if label is None else label.values for label in labels])
+        values = [None if label is None else label.values for label in labels]
         return (
-            y,
-            pack(shown),
-            None if _all_none(weights) else pack(weights),
+            keras.tree.pack_sequence_as(outputs, values),
+            keras.tree.pack_sequence_as(outputs, shown),
             _rows(labels),
+        )
+
+    def _for_losses(
+        self: Any, labels: list[Labels | None], shown: Any, scaled: Any
+    ) -> tuple[Any, Any]:
+        """Outputs and weights as compiled losses take them: aligned with values."""
+        compared, weights = [], []
+        flat = keras.tree.flatten(shown)
+        for label, output, weight, losses in zip(
+            labels, flat, scaled, self._losses_by_output(), strict=True
+        ):
+            mask = getattr(output, "_keras_mask", None)
+            positions = _values_of(output)
+            if label is not None and not _all_none([weight, mask]):
+                layout = common_layout(losses, label.values, output)
+                if layout != per_position(output):
+                    weight = layout.of_positions(weight, positions, ops.mean)
+                    mask = layout.of_positions(mask, positions, any_of)
+                    output = remasked(output, mask)
+                    positions = layout.of_positions(positions, positions, ops.mean)
+            compared.append(output)
+            weights.append(full(for_masked(weight, mask), positions))
+        return (
+            keras.tree.pack_sequence_as(shown, compared),
+            None if _all_none(weights) else keras.tree.pack_sequence_as(shown, weights),
         )
 
     def _read(
@@ -174,7 +194,8 @@ class Labelled:
             return first
         return dict(zip(self._names, weights, strict=True))
 
-    def _label_kinds(self: Any) -> list[str | None]:
+    def _losses_by_output(self: Any) -> list[list[Any]]:
+        """What was compiled for each output."""
         loss = getattr(self, "_compiled_loss", None)
         if isinstance(loss, dict):
             losses = [loss.get(name) for name in self._names]
@@ -182,7 +203,10 @@ class Labelled:
             losses = list(loss)
         else:
             losses = [loss] * len(self._names)
-        kinds = [{label_kind(item) for item in as_list(one)} for one in losses]
+        return [as_list(one) for one in losses]
+
+    def _label_kinds(self: Any) -> list[str | None]:
+        kinds = [{label_kind(one) for one in own} for own in self._losses_by_output()]
         return [next(iter(k)) if len(k) == 1 else None for k in kinds]
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.heads import with_mask_of
 from keras_distill.losses.base import align_left
 
 _SPARSE = ("sparse_categorical_crossentropy",)
@@ -277,16 +276,22 @@ def multiply(first: Any, second: Any) -> Any:
 
 
 def hand_on(output: Any, valid: Any) -> Any:
-    """A copy of an output whose mask leaves out what has no label.
+    """A copy of an output whose mask leaves out what has no label."""
+    mask = getattr(output, "_keras_mask", None)
+    if valid is None:
+        return output
+    return remasked(output, valid if mask is None else mask & valid)
+
+
+def remasked(output: Any, mask: Any) -> Any:
+    """A copy of an output with another mask, or none.
 
     The copy carries the logits that a softmax attached: without them Keras's losses
     would take the logarithm of rounded probabilities.
     """
-    mask = getattr(output, "_keras_mask", None)
-    if valid is None:
-        return output
-    copy = with_mask_of(output, ops.copy(output))
-    copy._keras_mask = valid if mask is None else mask & valid
+    copy = ops.copy(output)
+    if mask is not None:
+        copy._keras_mask = mask
     logits = getattr(output, "_keras_logits", None)
     if logits is not None:
         copy._keras_logits = logits

@@ -453,6 +453,24 @@ def test_masked_students_and_two_outputs_with_a_link(strategy):
     check_equal(strategy, make, data, make_metrics=lambda: None)
 
 
+def test_a_loss_with_one_value_per_row(strategy):
+    """Weighted rows of several steps; of the last batch one replica has one row."""
+
+    def make():
+        inputs = keras.Input((6, 3))
+        letters = layers.Dense(tiny.CLASSES, name="letters")
+        model = keras.Model(inputs, letters(inputs))
+        return kd.Distiller(model, keras.models.clone_model(model))
+
+    generator = np.random.default_rng(1)
+    count = BATCH + 3
+    x = generator.normal(size=(count, 6, 3)).astype("float32")
+    y = generator.integers(1, tiny.CLASSES, (count, 2))
+    weights = generator.random(count).astype("float32")
+    data = tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(BATCH)
+    check_equal(strategy, make, data, loss="ctc", make_metrics=lambda: None)
+
+
 def test_reductions_that_are_no_means_are_refused(strategy):
     summed = keras.losses.SparseCategoricalCrossentropy(True, reduction="sum")
     kd.Distiller(tiny.mlp(), tiny.mlp()).compile("sgd", summed)
