@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,33 @@ def whole(path: str | os.PathLike[str], several: bool = False) -> Iterator[Path]
         os.fsync(folder)  # the name too
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write to; it takes the place of another once all of it is written.
+
+    Args:
+        path: The place. A folder that is there is removed with all that is in it.
+
+    Yields:
+        The new folder's name, to be made. Where the block fails, what was written is
+        removed, and what was at the place stays. (Unlike a file, it is not forced onto
+        the disk.)
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    replaced = path.with_name(f"{TEMPORARY}replaced-{path.name}")
+    for left in (temporary, replaced):
+        shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+    try:
+        yield temporary
+        if path.exists():  # a folder that is not empty cannot be renamed over
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+    finally:
+        for left in (temporary, replaced):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distill.files import whole
+from keras_distill.files import whole, whole_folder
 
 _HEADERS = (
     "model",
@@ -216,6 +216,9 @@ def export(model: Any, directory: str, name: str = "student") -> dict[str, str]:
         latter is what TensorFlow Serving and `tf.lite.TFLiteConverter` read. Both
         load without `keras_distill` unless the model holds a layer of this package.
 
+    Raises:
+        ValueError: If something that is no SavedModel is where the folder is to be.
+
     Example:
 
     >>> import keras, tempfile
@@ -228,9 +231,16 @@ def export(model: Any, directory: str, name: str = "student") -> dict[str, str]:
     os.makedirs(directory, exist_ok=True)
     folder = os.path.join(directory, name)
     file = f"{folder}.keras"
+    known = os.path.join(folder, "saved_model.pb")
+    if os.path.exists(folder) and not os.path.exists(known):
+        raise ValueError(
+            f"{folder!r} exists and is no SavedModel, so it is not replaced. Give "
+            "another `directory` or `name`."
+        )
     with whole(file) as temporary:
         model.save(temporary)
-    model.export(folder, verbose=False)
+    with whole_folder(folder) as temporary:
+        model.export(temporary, verbose=False)
     return {"keras": file, "saved_model": folder}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keras_distill.files import read_json, whole, write_json
+from keras_distill.files import read_json, whole, whole_folder, write_json
 
 
 def test_what_fails_in_the_middle_leaves_what_was_there(tmp_path):
@@ -23,6 +23,25 @@ def test_what_fails_in_the_middle_leaves_what_was_there(tmp_path):
         write(OSError(28, "no room"))
     assert path.read_text() == "before"
     assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_folders_are_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "model"
+
+    def write(text, error=None):
+        with whole_folder(path) as temporary:
+            temporary.mkdir()
+            (temporary / "part").write_text(text)
+            if error:
+                raise error
+
+    write("one")
+    with pytest.raises(KeyboardInterrupt):
+        write("two", KeyboardInterrupt)
+    assert (path / "part").read_text() == "one"
+    write("three")
+    assert (path / "part").read_text() == "three"
+    assert [folder.name for folder in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("several", [True, False])

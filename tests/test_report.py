@@ -176,3 +176,16 @@ def test_what_is_exported_predicts_the_same(tmp_path):
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), expected)
     served = tf.saved_model.load(paths["saved_model"])
     np.testing.assert_array_equal(served.serve(X), expected)
+    assert sorted(os.listdir(tmp_path / "out")) == ["small", "small.keras"]
+
+
+def test_an_export_replaces_only_what_it_wrote(tmp_path):
+    model = _chooses(HELPED)
+    paths = report.export(model, tmp_path)
+    assert report.export(model, tmp_path) == paths
+    assert sorted(os.listdir(tmp_path)) == ["student", "student.keras"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="notes' exists and is no SavedModel"):
+        report.export(model, tmp_path, "notes")
+    assert os.listdir(tmp_path / "notes") == ["mine.txt"]
