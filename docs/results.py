@@ -1,4 +1,4 @@
-"""Writes docs/results.md and the tables of docs/choosing.md from docs/results/*.json.
+"""Writes docs/results.md and the tables of the guides from docs/results/*.json.
 
 Each file is one section: `title`, `setting`, `machine`, and any nesting of tables. A
 dict of dicts, and a list of dicts, is a table; a dict of values is a table of two
@@ -140,20 +140,21 @@ def text(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
-# -- the tables of the guide ----------------------------------------------------------
+# -- the tables of the guides ---------------------------------------------------------
 
 
 def fill(guide: str, folder: Path) -> str:
-    """The guide with its tables: one behind each `<!-- gains NAME -->`."""
+    """A guide with its tables: one behind each `<!-- KIND FILE -->`."""
 
-    def gains(match: re.Match[str]) -> str:
-        path = folder / f"{match[1]}.json"
-        made = verdicts(json.loads(path.read_text())) if path.exists() else ""
+    def filled(match: re.Match[str]) -> str:
+        kind, name = match.groups()
+        path = folder / f"{name}.json"
+        made = KINDS[kind](json.loads(path.read_text())) if path.exists() else ""
         made = made or "Not yet measured with three seeds; see the results.\n"
-        return f"<!-- gains {match[1]} -->\n\n{made}\n<!-- end -->"
+        return f"<!-- {kind} {name} -->\n\n{made}\n<!-- end -->"
 
-    pattern = r"<!-- gains (\w+) -->.*?<!-- end -->"
-    return re.sub(pattern, gains, guide, flags=re.DOTALL)
+    pattern = rf"<!-- ({'|'.join(KINDS)}) (\w+) -->.*?<!-- end -->"
+    return re.sub(pattern, filled, guide, flags=re.DOTALL)
 
 
 def verdicts(result: dict[str, Any]) -> str:
@@ -195,7 +196,38 @@ def summary_lines(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
             yield name, value
 
 
+def plans(result: dict[str, Any]) -> str:
+    """What caches take on paper, one in each row."""
+    columns = {
+        "classes": "classes",
+        "top_k": "`top_k`",
+        "views": "views",
+        "bytes per row": "bytes a row",
+        "GB in all": "GB",
+        "hosts": "parts",
+        "GB per host": "GB a part",
+        "hours at 1000 rows per second and host": "hours",
+    }
+    rows = []
+    for plan in result["plan on paper"]:
+        stored = plan | {"top_k": plan["top_k"] or "dense"}
+        millions = f"{plan['rows'] / 1e6:g}"
+        rows.append([millions, *(grouped(stored[key]) for key in columns)])
+    return table(["million rows", *columns.values()], rows)
+
+
+def grouped(value: Any) -> str:
+    """Three digits of a number, or all of a large one with its thousands apart."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}".replace(",", NBSP) if value >= 1000 else f"{value:.3g}"
+
+
+KINDS = {"gains": verdicts, "plan": plans}
+
+
 if __name__ == "__main__":
     (HERE / "results.md").write_text(page(HERE / "results"))
-    guide = HERE / "choosing.md"
-    guide.write_text(fill(guide.read_text(), HERE / "results"))
+    for name in ("choosing.md", "cache.md"):
+        guide = HERE / name
+        guide.write_text(fill(guide.read_text(), HERE / "results"))

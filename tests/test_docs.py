@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import types
@@ -89,3 +90,13 @@ def test_the_page_of_results_leaves_single_runs_in_the_file(tmp_path):
     assert "| b |" not in guide  # of too few seeds
     assert "old" not in guide
     assert made["fill"](guide, tmp_path) == guide
+
+
+def test_plans_are_made_from_json(tmp_path):
+    made = runpy.run_path(str(ROOT / "docs" / "results.py"))
+    found = (ROOT / "docs" / "results" / "cache_scale.json").read_text()
+    (tmp_path / "sizes.json").write_text(found)
+    guide = made["fill"]("<!-- plan sizes -->\n<!-- end -->", tmp_path)
+    rows = [line for line in guide.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(json.loads(found)["plan on paper"])
+    assert rows[2].startswith("| 1.3 | 1\N{NO-BREAK SPACE}000 | dense | ")
