@@ -118,7 +118,8 @@ def _wrap(layer: keras.Layer) -> None:
         _wrapped[id(layer)] = _wrapped.get(id(layer), 0) + 1
         if _wrapped[id(layer)] > 1:
             return
-        call = layer.call
+        name = _method(layer)
+        call = getattr(layer, name)
 
         @functools.wraps(call)
         def recording(*args: Any, **kwargs: Any) -> Any:
@@ -128,14 +129,20 @@ def _wrap(layer: keras.Layer) -> None:
                     found[id(layer)] = [*found.pop(id(layer)), outputs]
             return outputs
 
-        layer.__dict__["call"] = recording
+        layer.__dict__[name] = recording
 
 
 def _unwrap(layer: keras.Layer) -> None:
     with _lock:
         _wrapped[id(layer)] -= 1
         if not _wrapped[id(layer)]:
-            del _wrapped[id(layer)], layer.__dict__["call"]
+            del _wrapped[id(layer)], layer.__dict__[_method(layer)]
+
+
+def _method(layer: keras.Layer) -> str:
+    """The method that Keras calls in a forward pass."""
+    quantized = getattr(layer, "quantization_mode", None) is not None
+    return "quantized_call" if quantized else "call"
 
 
 def run_with_taps(

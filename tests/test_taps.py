@@ -151,6 +151,20 @@ def test_nothing_is_left_on_a_layer_after_an_error():
     assert "call" not in layer.__dict__
 
 
+def test_quantized_layers_can_be_read():
+    model = tiny.mlp()
+    x, _ = tiny.data()
+    model.quantize("int8")
+    outputs, features = run_with_taps(model, x, ["hidden"], False)
+    logits = model.get_layer("logits")(features["hidden"])
+    np.testing.assert_array_equal(outputs, logits)
+    layer = model.get_layer("hidden")
+    assert not {"call", "quantized_call"} & set(vars(layer))
+    link = kd.Link("hidden", "hidden", "mse", adapter="auto")
+    logs = tiny.history(tiny.compiled(tiny.distiller(known=model, links=[link])), x)
+    assert np.isfinite(logs["hidden_loss"][0])
+
+
 def test_interleaved_threads_read_their_own_features():
     model = tiny.mlp()
     layer = model.get_layer("hidden")
