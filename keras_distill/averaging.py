@@ -9,7 +9,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.heads import Head, find_heads, output_names, two_rows, with_mask_of
+from keras_distill.heads import (
+    Head,
+    example_rows,
+    find_heads,
+    output_names,
+    with_mask_of,
+)
 from keras_distill.losses.base import PACKAGE
 from keras_distill.specs import input_spec, output_spec
 from keras_distill.taps import call_model
@@ -131,7 +137,7 @@ def _heads(model: keras.Model) -> list[Head]:
         output_spec(model, spec),
         None,
         "a softmax as the last layer",
-        lambda: call_model(model, two_rows(spec), False),
+        lambda: call_model(model, example_rows(spec), False),
     )
 
 

@@ -111,7 +111,7 @@ def find_heads(
         outputs: Its symbolic outputs.
         from_logits: What the user declared: True, False, or None to find out.
         argument: The argument with which it is declared, for messages.
-        run: Function without arguments that returns the model's outputs for two rows.
+        run: Function without arguments that returns the model's outputs for some rows.
 
     Raises:
         ValueError: If several sigmoid units make a multi-label head.
@@ -122,7 +122,8 @@ def find_heads(
     ]
     if from_logits:
         return [Head(n, s) for n, s in zip(names, shapes, strict=True)]
-    values = keras.tree.flatten(run())
+    with keras.StatelessScope():  # stateful layers must not remember these rows
+        values = keras.tree.flatten(run())
     declared = from_logits is not None
     return [
         Head(n, s, _kind(n, value, argument, declared))
@@ -159,12 +160,16 @@ def _kind(name: str, output: Any, argument: str, declared: bool) -> str:
     return "logits"
 
 
-def two_rows(spec: Any) -> Any:
-    """Two rows of input for a dry run: normal numbers, or zeros for integers."""
+def example_rows(spec: Any) -> Any:
+    """Rows of input for a dry run: normal numbers, or zeros for integers.
+
+    Two rows, or as many as the model is bound to.
+    """
     generator = np.random.default_rng(0)
 
     def rows(tensor: Any) -> Any:
-        shape = [2] + [32 if size is None else size for size in tensor.shape[1:]]
+        shape = [tensor.shape[0] or 2]
+        shape += [32 if size is None else size for size in tensor.shape[1:]]
         dtype = keras.backend.standardize_dtype(tensor.dtype)
         if "float" not in dtype:
             return ops.zeros(shape, dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_distill.heads import Head, find_heads, two_rows
+from keras_distill.heads import Head, example_rows, find_heads
 from keras_distill.links import as_loss
 from keras_distill.losses.base import DistillationLoss, check_weight, number
 from keras_distill.losses.response import SoftTarget
@@ -85,7 +85,9 @@ class SoftTerm:
                 self._symbolic_outputs,
                 self.student_from_logits,
                 "student_from_logits",
-                lambda: call_model(self.student, two_rows(self._student_spec), False),
+                lambda: call_model(
+                    self.student, example_rows(self._student_spec), False
+                ),
             )
             teachers = teacher.heads()
         else:

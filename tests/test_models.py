@@ -241,3 +241,29 @@ def test_integer_inputs():
     before = tiny.values(distiller.student.weights)
     tiny.history(distiller, x, tiny.data(8)[1])  # gradients are IndexedSlices
     assert not tiny.same(tiny.values(distiller.student.weights)[:1], before[:1])
+
+
+def test_stateful_models_of_a_fixed_batch_size():
+    """They remember the last batch, and nothing of what was tried beforehand."""
+
+    def net(width):
+        inputs = keras.Input(batch_shape=(8, 5, 3))
+        x = keras.layers.GRU(width, stateful=True, name="gru")(inputs)
+        outputs = keras.layers.Dense(tiny.CLASSES, "softmax", name="classes")(x)
+        return keras.Model(inputs, outputs)
+
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(16, 5, 3)).astype("float32")
+    student, teacher = net(4), net(6)
+    link = kd.Link("gru", "gru", "mse", adapter="auto")
+    distiller = kd.Distiller(student, teacher, links=[link])
+    tiny.compiled(distiller, "sparse_categorical_crossentropy")
+    grus = [model.get_layer("gru") for model in (student, teacher)]
+    assert not any(np.any(gru.states[0].numpy()) for gru in grus)
+    logs = tiny.history(distiller, x, np.zeros(16, "int32"), batch_size=8)
+    assert all(np.isfinite(value[0]) for value in logs.values())
+    teacher_state = grus[1].states[0].numpy()
+    grus[1].reset_state()
+    for batch in (x[:8], x[8:]):
+        teacher(batch)
+    np.testing.assert_allclose(grus[1].states[0].numpy(), teacher_state, rtol=1e-5)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_distill.heads import Head, find_heads, two_rows
+from keras_distill.heads import Head, example_rows, find_heads
 from keras_distill.losses.base import DistillationLoss
 from keras_distill.monitoring.calibration import calibration
 from keras_distill.monitoring.figures import reliability_figure
@@ -107,7 +107,7 @@ def views_of(distiller: Any, teacher: Any) -> list[View]:
         distiller._symbolic_outputs,
         distiller.student_from_logits,
         "student_from_logits",
-        lambda: call_model(student, two_rows(distiller._student_spec), False),
+        lambda: call_model(student, example_rows(distiller._student_spec), False),
     )
     suffixes = [f"/{head.name}" if len(heads) > 1 else "" for head in heads]
     matches = {}

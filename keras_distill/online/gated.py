@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from keras_distill.copies import clone
-from keras_distill.heads import Head, find_heads, two_rows
+from keras_distill.heads import Head, example_rows, find_heads
 from keras_distill.losses.base import PACKAGE
 from keras_distill.specs import input_spec, output_spec, symbolic_run
 from keras_distill.taps import call_model
@@ -96,7 +96,7 @@ class GatedEnsemble(keras.Model):
 
     def _find_head(self, spec: Any, output: Any) -> Head:
         def run() -> Any:
-            shared = call_model(self.stem, two_rows(spec), False)
+            shared = call_model(self.stem, example_rows(spec), False)
             return call_model(self.branches[0], shared, False)
 
         return find_heads(self.branches[0], output, None, "branches", run)[0]

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_distill.heads import Head, find_heads, two_rows
+from keras_distill.heads import Head, example_rows, find_heads
 from keras_distill.losses.base import PACKAGE
 from keras_distill.online.gated import pooled, symbolic_inputs
 from keras_distill.specs import input_spec, output_spec, symbolic_run
@@ -67,7 +67,7 @@ class ExitNetwork(keras.Model):
             outputs[-1],
             None,
             "classifiers",
-            lambda: self.everything(two_rows(spec), False)[0][-1],
+            lambda: self.everything(example_rows(spec), False)[0][-1],
         )[0]
         self.built = True
 
@@ -299,7 +299,11 @@ def classifier(model: keras.Model, width: int, name: str) -> keras.Model:
             f"shape {tuple(output.shape)}."
         )
     head = find_heads(
-        model, output, None, "model", lambda: call_model(model, two_rows(spec), False)
+        model,
+        output,
+        None,
+        "model",
+        lambda: call_model(model, example_rows(spec), False),
     )[0]
     units = output.shape[-1]
     activation = None

@@ -9,11 +9,12 @@ import keras
 from keras import ops
 
 from keras_distill.base import BaseDistiller
-from keras_distill.heads import find_heads, two_rows
+from keras_distill.heads import example_rows, find_heads
 from keras_distill.losses.base import PACKAGE, DistillationLoss, number
 from keras_distill.losses.regularization import VirtualTeacher
 from keras_distill.taps import call_model
 from keras_distill.terms import Counted
+from keras_distill.weighting import for_masked
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -104,7 +105,7 @@ class TeacherFree(BaseDistiller):
             self._symbolic_outputs,
             student_from_logits,
             "student_from_logits",
-            lambda: call_model(student, two_rows(self._student_spec), False),
+            lambda: call_model(student, example_rows(self._student_spec), False),
         )
 
     def compute_terms(
@@ -120,7 +121,8 @@ class TeacherFree(BaseDistiller):
         ):
             if label is not None:
                 logits = head.logits(output)
-                known, own, weight, rows = self._for_losses([label], logits, [weight])
+                known, own, rows = self._where_labelled([label], logits)
+                weight = for_masked(weight, getattr(own, "_keras_mask", None))
                 value = self._regularizer(known, own, weight)
                 counted.append(rows)
                 values.append(self.output_weights.get(head.name, 1.0) * value)

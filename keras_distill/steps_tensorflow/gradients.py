@@ -13,7 +13,7 @@ from keras_distill.distribute.updates import (
     clip_gradients,
     sum_gradients,
 )
-from keras_distill.heads import two_rows
+from keras_distill.heads import example_rows
 from keras_distill.taps import children, reading, run_with_taps
 
 
@@ -159,14 +159,18 @@ class Gradients:
     def _reached_by(self: Any, paths: list[str]) -> set[int]:
         """Ids of the student's variables that the features at some layers depend on.
 
-        Found by differentiating the features of two rows, which works for any model:
+        Found by differentiating the features of some rows, which works for any model:
         trainable variables by their own gradient, others (statistics, states of random
         generators) by that of their layer's outputs.
         """
         layers = list(self.student._flatten_layers(include_self=False))
         trainable = self.student.trainable_variables
-        x = two_rows(self._student_spec)
-        with tf.GradientTape() as tape, reading(layers) as found:
+        x = example_rows(self._student_spec)
+        with (
+            keras.StatelessScope(),  # stateful layers must not remember these rows
+            tf.GradientTape() as tape,
+            reading(layers) as found,
+        ):
             tape.watch([t for t in keras.tree.flatten(x) if t.dtype.is_floating])
             features = run_with_taps(self.student, x, paths, False)[1]
             outputs = [

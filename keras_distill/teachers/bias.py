@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_distill.heads import Head, two_rows
+from keras_distill.heads import Head, example_rows
 from keras_distill.specs import input_spec
 from keras_distill.taps import call_model
 from keras_distill.teachers.model import Model
@@ -102,11 +102,12 @@ def last_bias(argument: str, model: keras.Model) -> tuple[Head, Any]:
             f"outputs of shape {[head.shape for head in heads]}"
         )
     (head,) = heads
-    x = two_rows(input_spec(model))
+    x = example_rows(input_spec(model))
 
     def odds() -> np.ndarray:
         """Of the first class against every other one, as logarithms."""
-        (output,) = keras.tree.flatten(call_model(model, x, False))
+        with keras.StatelessScope():  # stateful layers must not remember these rows
+            (output,) = keras.tree.flatten(call_model(model, x, False))
         logits = _numpy(head.logits(output))
         return logits[..., :1] - logits[..., 1:]
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill.heads import Head, find_heads, output_names, two_rows
+from keras_distill.heads import Head, example_rows, find_heads, output_names
 from keras_distill.identity import fingerprint
 from keras_distill.inputs import plain_inputs, select_inputs
 from keras_distill.specs import input_spec, output_spec, symbolic_run
@@ -91,7 +91,7 @@ class Model(Teacher):
             self.outputs,
             self.from_logits,
             "kd.teachers.Model(model, from_logits=...)",
-            lambda: call_model(self.model, two_rows(self.spec), False),
+            lambda: call_model(self.model, example_rows(self.spec), False),
         )
 
     @property
