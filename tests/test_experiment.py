@@ -109,7 +109,7 @@ def test_gains_are_paired_with_what_they_should_improve_on(module):
         "2 x 300, labels": (200, 210),
         "2 x 300, T = 8": (150, 160),
     }
-    gains = hinton.gains(
+    gains = hinton.all_gains(
         [
             {"run": run, "seed": seed, "errors": count}
             for run, counts in errors.items()

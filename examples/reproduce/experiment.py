@@ -149,6 +149,16 @@ def means(rows: list[Row], value: str, baseline: str | None = None) -> dict[str,
     return table
 
 
+def gains(rows: list[Row], value: str, baseline: str) -> dict[str, Row]:
+    """The paired differences alone, as `means` gives them, each with its baseline."""
+    kept = ("seeds", "difference", "± (95 %)")
+    return {
+        name: {"over": baseline} | {key: line[key] for key in kept}
+        for name, line in means(rows, value, baseline).items()
+        if line.get("difference") is not None
+    }
+
+
 def deviation(values: Iterable[float]) -> float | None:
     """Standard deviation of a sample; None for fewer than two values."""
     values = list(values)

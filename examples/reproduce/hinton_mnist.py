@@ -43,7 +43,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from experiment import Experiment, Row, means, name_of, parser
+from experiment import Experiment, Row, gains, means, name_of, parser
 from keras import layers
 from scipy.special import softmax
 
@@ -415,14 +415,14 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         for name, line in means(rows, value).items():
             errors[name][value] = line[value]
     result: dict[str, Any] = {"test errors": errors}
-    if gained := gains(rows):
+    if gained := all_gains(rows):
         result["accuracy gained, in points"] = gained
     if closed := gaps(rows):
         result["part of the gap between labels and teacher that is closed"] = closed
     return result
 
 
-def gains(rows: list[Row]) -> dict[str, Row]:
+def all_gains(rows: list[Row]) -> dict[str, Row]:
     """Paired differences, each run against what it is meant to be better than."""
     result: dict[str, Row] = {}
     for baseline, group in {
@@ -437,10 +437,7 @@ def gains(rows: list[Row]) -> dict[str, Row]:
             for row in rows
             if row["run"].startswith(group)
         ]
-        for name, line in means(some, "accuracy", baseline).items():
-            if line.get("difference") is not None:
-                kept = ("seeds", "difference", "± (95 %)")
-                result[name] = {"over": baseline} | {key: line[key] for key in kept}
+        result |= gains(some, "accuracy", baseline)
     return result
 
 

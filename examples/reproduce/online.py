@@ -32,7 +32,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from experiment import Experiment, means, parser, plot_gains
+from experiment import Experiment, Row, gains, means, parser, plot_gains
 from models import resnet
 
 import keras_distill as kd
@@ -266,6 +266,24 @@ METHODS: dict[str, Callable[[Methods], dict[str, float]]] = {
 }
 
 
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """Accuracies beside the plain network's, and what each part of ONE is worth."""
+    accuracies = means(rows, "accuracy %", PLAIN)
+    for line in accuracies.values():
+        if "difference" in line:
+            line["over"] = PLAIN
+    parts: dict[str, Row] = {}
+    for model in ("mean branch", "ensemble"):
+        some = [
+            row
+            for row in rows
+            if row["run"].startswith("ONE") and row["model"] == model
+        ]
+        parts |= gains(some, "accuracy %", f"ONE: {model}")
+    tables = {"accuracy": accuracies}
+    return tables | ({"ONE without one of its parts": parts} if parts else {})
+
+
 def main() -> None:
     """Runs what is missing in the result file."""
     options = parser(__doc__.splitlines()[0], "online", seeds=5)
@@ -292,7 +310,7 @@ def main() -> None:
             "epochs": epochs,
             "command": f"python examples/reproduce/online.py --epochs {epochs}",
         },
-        lambda rows: means(rows, "accuracy %", PLAIN),
+        summary,
     )
     for seed in range(seeds):
         trainer = Methods(train, test, depth, seed, epochs, experiment.folder)
