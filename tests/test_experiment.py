@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import scripts
+import tensorflow as tf
 
 
 @pytest.fixture
@@ -77,6 +78,23 @@ def test_gaps_need_their_teacher(module):
     assert hinton.gaps(runs) == {}
     runs.append({"run": "teacher", "seed": 0, "errors": 60})
     assert hinton.gaps(runs)["soft"]["gap closed %"] == pytest.approx(75)
+
+
+def test_a_teacher_that_is_gone_is_trained_anew(module, tmp_path):
+    """As in a clone: the teacher's row is there, and its network is not."""
+    hinton, fitnets = module("hinton_mnist"), module("fitnets_mnist")
+    train, test = hinton.mnist(smoke=True)
+    networks = hinton.Hinton(train, test, hinton.TRIAL, tmp_path)
+    thin = fitnets.FitNets(*fitnets.mnist(smoke=True), 1, tmp_path)
+    tf.config.run_functions_eagerly(True)
+    try:
+        (row,) = networks._distilled(0)
+        thin.run("soft", 0)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert row["errors"] <= len(test[1])
+    kept = {path.name for path in tmp_path.glob("*.keras")}
+    assert kept == {"teacher_0.keras", "teacher.keras"}
 
 
 def test_the_weights_of_every_method_can_be_searched(module, tmp_path):

@@ -15,7 +15,8 @@ hints; otherwise falling from there to 0 as a cosine), batches of 100, and the f
 10,000 training images only, also for the teacher, so that a run takes a minute or two.
 Errors are those of the last epoch on the 10,000 test images. Each result is written as
 soon as it is there, to docs/results/fitnets_mnist.json: the same command goes on where
-a run was interrupted.
+a run was interrupted. If the teacher's network is gone, as in a new clone, it is
+trained anew from the same seed.
 
     TFDS_DATA_DIR=... python examples/reproduce/fitnets_mnist.py [--seeds 5] [--smoke]
 
@@ -90,6 +91,8 @@ class FitNets:
         """What a run gave."""
         if method == "teacher":
             return self._teacher(seed)
+        if method != "labels" and not self._file.exists():
+            self._teacher(0)  # its row is there, but not its network
         student = student_network(seed)
         found: Row = {"weights": student.count_params()}
         if method == "labels":

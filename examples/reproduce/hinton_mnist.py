@@ -21,7 +21,8 @@ alone. All train with Adam, its rate falling from 1e-3 to 0 as a cosine, batches
 (the teacher 256); the teacher computes in bfloat16. Errors are those of the last epoch
 on the 10,000 test images. The dropout was chosen in short runs, on the last 6,000 of
 the 60,000 training images. Each result is written as soon as it is there, to
-docs/results/hinton_mnist.json: the same command goes on where a run was interrupted.
+docs/results/hinton_mnist.json: the same command goes on where a run was interrupted. A
+teacher whose network is gone, as in a new clone, is trained anew from the same seed.
 
     TFDS_DATA_DIR=... python examples/reproduce/hinton_mnist.py [--seeds 5] [--smoke]
 
@@ -268,7 +269,10 @@ class Hinton:
     def _teacher(self, number: int) -> tuple[keras.Model, kd.teachers.Cache, Data]:
         """A teacher, its cache, and the training data with what it knows of them."""
         if number not in self._teachers:
-            model = keras.models.load_model(self._folder / f"teacher_{number}.keras")
+            path = self._folder / f"teacher_{number}.keras"
+            if not path.exists():
+                self._new_teacher(number)
+            model = keras.models.load_model(path)
             rows = tf.data.Dataset.from_tensor_slices(self._train)
             cache = kd.teachers.Cache.build(
                 model,
