@@ -23,9 +23,10 @@ help:
 quickstart: .venv/.installed-examples
 	$(PYTHON) examples/quickstart.py $(ARGS)
 
+# Three processes for two cores, for some tests wait for others that they have started.
 # In the order of the files: the last ones are short, so that no process waits long.
 test: .venv/.installed-test
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.installed-test
 	$(PYTHON) -m ruff check .
