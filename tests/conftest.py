@@ -19,6 +19,7 @@ import keras
 import pytest
 import tensorflow as tf
 from tensorflow.python import pywrap_tfe
+from tensorflow.python.framework import ops
 
 collect_ignore = ["tuning_workers.py"]  # a script
 
@@ -36,9 +37,16 @@ pywrap_tfe.TFE_ContextClearCaches = lambda context: None
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen_garbage():
-    """What outlives a module is not looked through at every collection after it."""
+    """What outlives a module is not looked through at every collection after it.
+
+    Little does, but TensorFlow would keep the graph of every step: the sum over the
+    replicas in it has a gradient of its own, and these it never forgets.
+    """
     gc.freeze()
     yield
+    gradients = ops.gradient_registry._registry
+    for name in [name for name in gradients if name.startswith("CustomGradient-")]:
+        del gradients[name]
     gc.collect()
 
 
