@@ -5,6 +5,7 @@ A new process would spend most of its time on importing TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import sys
@@ -14,6 +15,16 @@ from unittest import mock
 import tensorflow as tf
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@contextlib.contextmanager
+def functions(eagerly: bool):
+    """Runs `tf.function`s eagerly, or not, inside the block."""
+    tf.config.run_functions_eagerly(eagerly)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(False)
 
 
 def run(script: str, *arguments: str | os.PathLike, eagerly: bool = False) -> None:
@@ -26,16 +37,15 @@ def run(script: str, *arguments: str | os.PathLike, eagerly: bool = False) -> No
     environment = {k: v for k, v in os.environ.items() if k != "TFDS_DATA_DIR"}
     folders = [os.fspath(path.parent), *sys.path]
     before = set(sys.modules)
-    tf.config.run_functions_eagerly(eagerly)
     try:
         with (
+            functions(eagerly),
             mock.patch.object(sys, "argv", words),
             mock.patch.object(sys, "path", folders),
             mock.patch.dict(os.environ, environment, clear=True),
         ):
             runpy.run_path(words[0], run_name="__main__")
     finally:
-        tf.config.run_functions_eagerly(False)
         for name in set(sys.modules) - before:
             file = getattr(sys.modules[name], "__file__", None) or ""
             if EXAMPLES in Path(file).parents:

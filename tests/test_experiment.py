@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import scripts
-import tensorflow as tf
 
 
 @pytest.fixture
@@ -88,12 +87,9 @@ def test_a_teacher_that_is_gone_is_trained_anew(module, tmp_path):
     train, test = hinton.mnist(smoke=True)
     networks = hinton.Hinton(train, test, hinton.TRIAL, tmp_path)
     thin = fitnets.FitNets(*fitnets.mnist(smoke=True), 1, tmp_path)
-    tf.config.run_functions_eagerly(True)
-    try:
+    with scripts.functions(eagerly=True):
         (row,) = networks._distilled(0)
         thin.run("soft", 0)
-    finally:
-        tf.config.run_functions_eagerly(False)
     assert max(row["errors"], row[hinton.TAUGHT_BY]) <= len(test[1])
     kept = {path.name for path in tmp_path.glob("*.keras")}
     assert kept == {"teacher_0.keras", "teacher.keras"}

@@ -41,7 +41,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -85,6 +85,15 @@ class Sizes:
 
 
 TRIAL = Sizes(1, 1, 1, 1, 100, 24, 16, (8,), (4,), 1)
+
+
+class Teacher(NamedTuple):
+    """A trained network and what it knows."""
+
+    model: keras.Model
+    errors: int  # on the test images
+    cache: kd.teachers.Cache
+    known: Data  # the training data, with its outputs
 
 
 def mnist(smoke: bool) -> tuple[Data, Data]:
@@ -215,7 +224,7 @@ class Hinton:
     def __init__(self, train: Data, test: Data, sizes: Sizes, folder: Path) -> None:
         self._train, self._test = train, test
         self._sizes, self._folder = sizes, folder
-        self._teachers: dict[int, tuple[Any, kd.teachers.Cache, Data]] = {}
+        self._teachers: dict[int, Teacher] = {}
 
     def runs(self, seeds: int) -> Iterator[tuple[str, int, Callable[[], list[Row]]]]:
         """Name, seed and function of each run, the most telling first."""
@@ -269,8 +278,8 @@ class Hinton:
         exact.save(self._folder / f"teacher_{number}.keras")
         return [{"errors": self._errors(exact)}]
 
-    def _teacher(self, number: int) -> tuple[keras.Model, kd.teachers.Cache, Data]:
-        """A teacher, its cache, and the training data with what it knows of them."""
+    def _teacher(self, number: int) -> Teacher:
+        """A teacher from its file, or trained anew; the same object each time."""
         if number not in self._teachers:
             path = self._folder / f"teacher_{number}.keras"
             if not path.exists():
@@ -286,7 +295,7 @@ class Hinton:
             )
             everything = cache.attach(rows).batch(len(self._train[1]))
             (known,) = everything.as_numpy_iterator()
-            self._teachers[number] = model, cache, known
+            self._teachers[number] = Teacher(model, self._errors(model), cache, known)
         return self._teachers[number]
 
     # -- students -------------------------------------------------------------------
@@ -309,21 +318,21 @@ class Hinton:
         temperature: float = T,
         alpha: float = 0.0,
     ) -> list[Row]:
-        taught_by, cache, known = self._teacher(teacher)
+        taught_by = self._teacher(teacher)
         distiller = kd.Distiller(
             self._student(seed, units),
-            cache,
+            taught_by.cache,
             temperature=temperature,
             alpha=alpha,
             beta=1 - alpha,
         )
-        model = trained(distiller, known, self._sizes.epochs, seed)
-        return [{"errors": self._errors(model), TAUGHT_BY: self._errors(taught_by)}]
+        model = trained(distiller, taught_by.known, self._sizes.epochs, seed)
+        return [{"errors": self._errors(model), TAUGHT_BY: taught_by.errors}]
 
     def _shifted(self, seed: int) -> list[Row]:
-        teacher, *_ = self._teacher(0)
+        teacher = self._teacher(0)
         distiller = kd.Distiller(
-            self._student(seed), teacher, temperature=T, alpha=0, beta=1
+            self._student(seed), teacher.model, temperature=T, alpha=0, beta=1
         )
         backup = kd.callbacks.Backup(self._folder / f"shifted_{seed}.backup")
         model = trained(
@@ -334,15 +343,18 @@ class Hinton:
             shifted=True,
             callbacks=[backup],
         )
-        return [{"errors": self._errors(model), TAUGHT_BY: self._errors(teacher)}]
+        return [{"errors": self._errors(model), TAUGHT_BY: teacher.errors}]
 
     def _few(self, seed: int, soft: bool) -> list[Row]:
         size = self._sizes.small_rows
         rows = np.random.default_rng(seed).permutation(len(self._train[1]))[:size]
         student = self._student(seed)
         if soft:
-            _, cache, data = self._teacher(0)
-            distiller = kd.Distiller(student, cache, temperature=T, alpha=0, beta=1)
+            teacher = self._teacher(0)
+            distiller = kd.Distiller(
+                student, teacher.cache, temperature=T, alpha=0, beta=1
+            )
+            data = teacher.known
         else:
             distiller, data = kd.BaseDistiller(student, alpha=1.0), self._train
         watch = EveryTenth(self._errors)
@@ -364,11 +376,11 @@ class Hinton:
         self, seed: int, seen: np.ndarray, classes: tuple[int, ...]
     ) -> list[Row]:
         """Trains on some rows; then moves the biases of some classes."""
-        teacher, cache, known = self._teacher(0)
+        teacher = self._teacher(0)
         distiller = kd.Distiller(
-            self._student(seed), cache, temperature=T, alpha=0, beta=1
+            self._student(seed), teacher.cache, temperature=T, alpha=0, beta=1
         )
-        some = keras.tree.map_structure(lambda part: part[seen], known)
+        some = keras.tree.map_structure(lambda part: part[seen], teacher.known)
         # As many steps as with all rows, within limits.
         epochs = round(self._sizes.epochs * len(seen) / max(seen.sum(), 1))
         model = trained(distiller, some, min(epochs, 3 * self._sizes.epochs), seed)
@@ -383,7 +395,7 @@ class Hinton:
         trained_weights = model.get_weights()
         for name, rows in (("seen", seen), ("all", np.full(len(seen), True))):
             x = self._train[0][rows]
-            shares = softmax(logits_of(teacher, x), axis=1).mean(0)
+            shares = softmax(logits_of(teacher.model, x), axis=1).mean(0)
             found = kd.teachers.correct_bias(
                 model, x, {c: shares[c] for c in classes}, batch_size=1000
             )
